@@ -1,0 +1,2 @@
+//! Dirty tracking: which granules of the target may differ from the source.
+pub mod map;

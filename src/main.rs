@@ -1,0 +1,3 @@
+//! Parse, start logging, dispatch, exit code; nothing else.
+
+fn main() {}

@@ -1,0 +1,2 @@
+//! The mirror: drains a volume's dirty map to a target image.
+pub mod types;

@@ -1,2 +1,15 @@
 //! Dirty tracking: which granules of the target may differ from the source.
+//!
+//! - [`map`]: the dirty map of one volume, shared by the guest's threads and the copiers;
+//! - [`claim`]: granules in a copier's hands;
+//! - [`hold`]: bytes that a synchronous guest write keeps to itself;
+//! - `bits` and `busy`: what the map is made of.
+mod bits;
+mod busy;
+pub mod claim;
+pub mod hold;
 pub mod map;
+
+pub use claim::Claim;
+pub use hold::Hold;
+pub use map::{DirtyMap, Wake};

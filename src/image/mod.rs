@@ -10,6 +10,17 @@
 //!   against every other write, and never extends the image's tail;
 //! - bytes written outside a request's range never change.
 
+pub mod faulty;
+mod file_io;
+pub mod memory;
+mod open;
+mod probe;
+mod raw;
+mod zeroing;
+
+pub use self::open::{OpenOptions, Role, create, open, sync_parent_directory};
+pub use self::probe::{format_of_content, format_of_name};
+
 use std::fmt;
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;

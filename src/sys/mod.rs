@@ -1,1 +1,3 @@
 //! Every unsafe block of the crate, each with its SAFETY note, and the thin wrappers of system calls that no library has.
+
+pub mod files;

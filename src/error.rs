@@ -38,7 +38,10 @@ pub enum ErrorKind {
 
 /// An error with its context. `Display` prints one line: what was attempted, on what, where, why.
 #[derive(Clone)]
-pub struct Error {
+pub struct Error(Box<Context>);
+
+#[derive(Clone)]
+struct Context {
     kind: ErrorKind,
     what: String,
     subject: Option<String>,
@@ -51,7 +54,8 @@ pub struct Error {
 impl Error {
     /// An error that says `what` could not be done or is wrong, a clause without a full stop.
     pub fn new(kind: ErrorKind, what: impl Into<String>) -> Self {
-        Error { kind, what: what.into(), subject: None, range: None, errno: None, cause: None, advice: None }
+        let what = what.into();
+        Error(Box::new(Context { kind, what, subject: None, range: None, errno: None, cause: None, advice: None }))
     }
 
     /// Shorthand for [`ErrorKind::Usage`].
@@ -75,48 +79,51 @@ impl Error {
             Some(libc::EEXIST) => ErrorKind::Exists,
             _ => ErrorKind::Failed,
         };
-        Error { errno, cause: Some(plain_cause(source)), ..Error::new(kind, what) }
+        let mut error = Error::new(kind, what);
+        error.0.errno = errno;
+        error.0.cause = Some(plain_cause(source));
+        error
     }
 
     /// Names the image, path or option that it is about.
     #[must_use]
     pub fn on(mut self, subject: impl Into<String>) -> Self {
-        self.subject = Some(subject.into());
+        self.0.subject = Some(subject.into());
         self
     }
 
     /// Names the bytes that it is about.
     #[must_use]
     pub fn at(mut self, range: ByteRange) -> Self {
-        self.range = Some(range);
+        self.0.range = Some(range);
         self
     }
 
     /// Says what the user can do about it; printed on a line of its own.
     #[must_use]
     pub fn advise(mut self, advice: impl Into<String>) -> Self {
-        self.advice = Some(advice.into());
+        self.0.advice = Some(advice.into());
         self
     }
 
     /// The kind.
     pub fn kind(&self) -> ErrorKind {
-        self.kind
+        self.0.kind
     }
 
     /// What the user can do about it, if anything is known.
     pub fn advice(&self) -> Option<&str> {
-        self.advice.as_deref()
+        self.0.advice.as_deref()
     }
 
     /// The bytes that it is about.
     pub fn range(&self) -> Option<ByteRange> {
-        self.range
+        self.0.range
     }
 
     /// The errno that a guest gets for it. Never 0.
     pub fn errno(&self) -> i32 {
-        self.errno.unwrap_or(match self.kind {
+        self.0.errno.unwrap_or(match self.0.kind {
             ErrorKind::Usage => libc::EINVAL,
             ErrorKind::NotNow | ErrorKind::Locked => libc::EBUSY,
             ErrorKind::NotFound => libc::ENOENT,
@@ -130,7 +137,7 @@ impl Error {
 
     /// The exit code of the command that ends with it (DESIGN section 5): 1 failed, 2 wrong usage, 3 not now.
     pub fn exit_code(&self) -> u8 {
-        match self.kind {
+        match self.0.kind {
             ErrorKind::Usage => 2,
             ErrorKind::NotNow => 3,
             _ => 1,
@@ -149,14 +156,14 @@ fn plain_cause(source: &io::Error) -> String {
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.what)?;
-        if let Some(subject) = &self.subject {
+        f.write_str(&self.0.what)?;
+        if let Some(subject) = &self.0.subject {
             write!(f, " {subject}")?;
         }
-        if let Some(range) = self.range {
+        if let Some(range) = self.0.range {
             write!(f, " at offset {} ({} bytes)", range.start(), range.len())?;
         }
-        if let Some(cause) = &self.cause {
+        if let Some(cause) = &self.0.cause {
             write!(f, ": {cause}")?;
         }
         Ok(())
@@ -165,7 +172,7 @@ impl fmt::Display for Error {
 
 impl fmt::Debug for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:?}: {self}", self.kind)
+        write!(f, "{:?}: {self}", self.0.kind)
     }
 }
 

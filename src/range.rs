@@ -32,7 +32,6 @@ impl ByteRange {
     }
 
     /// Length in bytes.
-    #[expect(clippy::len_without_is_empty, reason = "is_empty follows")]
     pub const fn len(self) -> u64 {
         self.len_bytes
     }

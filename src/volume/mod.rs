@@ -1,1 +1,238 @@
-//! (room of its own)
+//! The live disk: what the guest reads and writes.
+//!
+//! A volume has one *active* image. Everything that may change it goes one way, [`Volume::modify`]:
+//!
+//! ```text
+//! enter the barrier -> change the active image -> mark the dirty map -> leave -> reply
+//! ```
+//!
+//! Invariants:
+//! - the active image and the tracking change only while the barrier is up;
+//! - a change is marked after it was made, whether it succeeded or not (rule 3: a copier that cleared the bit earlier may have
+//!   read old bytes; a failed write may have changed some of them);
+//! - a target's error, stall or lack of room never makes a guest's request fail (rule 6).
+
+mod attributes;
+pub mod barrier;
+mod guest;
+pub mod target;
+pub mod target_queue;
+pub mod tracking;
+
+use arc_swap::{ArcSwap, ArcSwapOption};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+
+pub use self::attributes::{AttributeChange, DiskAttributes, ShownAttributes};
+use self::barrier::{Barrier, Raised};
+use self::tracking::Tracking;
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::Image;
+use crate::range::ByteRange;
+use crate::sync::{Arc, Mutex};
+
+/// How a volume is presented.
+#[derive(Clone, Debug)]
+pub struct VolumeOptions {
+    /// File name in the mount.
+    pub name: String,
+    /// The volume's random id.
+    pub id: String,
+    /// No guest may write.
+    pub read_only: bool,
+    /// Guests may change the size.
+    pub growable: bool,
+    /// Owner and mode to show, where a guest's chmod or chown changed them.
+    pub shown: ShownAttributes,
+}
+
+/// A live disk. See the module for the rules.
+#[derive(Debug)]
+pub struct Volume {
+    options: VolumeOptions,
+    active: ArcSwap<ActiveImage>,
+    /// Receives every change too, while it is undecided which image is the active one (rule 15).
+    twin: ArcSwapOption<Twin>,
+    tracking: ArcSwapOption<Tracking>,
+    barrier: Barrier,
+    size_bytes: AtomicU64,
+    /// Held while the size changes.
+    resizing: Mutex<()>,
+    shown: Mutex<ShownAttributes>,
+    read_bytes: AtomicU64,
+    written_bytes: AtomicU64,
+}
+
+/// A sized box for the trait object, which `ArcSwap` needs.
+#[derive(Debug)]
+struct ActiveImage(Arc<dyn Image>);
+
+/// The other image of an undecided cutover.
+#[derive(Debug)]
+struct Twin {
+    image: Arc<dyn Image>,
+    failed: AtomicBool,
+}
+
+/// One change of a disk, as guests make it.
+#[derive(Clone, Copy, Debug)]
+pub enum Change<'a> {
+    /// New bytes.
+    Write {
+        /// Where.
+        offset: u64,
+        /// The bytes.
+        data: &'a [u8],
+    },
+    /// Reads as zeroes, stays allocated.
+    Zero(ByteRange),
+    /// Reads as zeroes, its space is given back where that is possible.
+    Discard(ByteRange),
+}
+
+impl Change<'_> {
+    /// The bytes that it may change.
+    pub fn range(&self) -> ByteRange {
+        match self {
+            Change::Write { offset, data } => ByteRange::new(*offset, data.len() as u64),
+            Change::Zero(range) | Change::Discard(range) => *range,
+        }
+    }
+
+    /// Makes the change on `image`.
+    ///
+    /// # Errors
+    /// Those of the image. A discard that the image cannot do becomes a plain zeroing.
+    pub fn apply(&self, image: &dyn Image) -> Result<()> {
+        match self {
+            Change::Write { offset, data } => image.write_at(*offset, data),
+            Change::Zero(range) => image.write_zeroes(*range),
+            Change::Discard(range) => match image.discard(*range) {
+                Err(error) if error.kind() == ErrorKind::Unsupported => image.write_zeroes(*range),
+                other => other,
+            },
+        }
+    }
+}
+
+impl Volume {
+    /// A volume that serves `image`.
+    pub fn new(options: VolumeOptions, image: Arc<dyn Image>) -> Self {
+        Volume {
+            size_bytes: AtomicU64::new(image.size_bytes()),
+            shown: Mutex::new(options.shown),
+            options,
+            active: ArcSwap::from_pointee(ActiveImage(image)),
+            twin: ArcSwapOption::empty(),
+            tracking: ArcSwapOption::empty(),
+            barrier: Barrier::default(),
+            resizing: Mutex::new(()),
+            read_bytes: AtomicU64::new(0),
+            written_bytes: AtomicU64::new(0),
+        }
+    }
+
+    /// A volume of the recorded size on an image that may be larger (a cutover never changes the disk's size).
+    #[must_use]
+    pub fn with_size(self, size_bytes: u64) -> Self {
+        self.size_bytes.store(size_bytes, Relaxed);
+        self
+    }
+
+    /// File name in the mount.
+    pub fn name(&self) -> &str {
+        &self.options.name
+    }
+
+    /// The volume's random id.
+    pub fn id(&self) -> &str {
+        &self.options.id
+    }
+
+    /// The disk's size in bytes.
+    pub fn size_bytes(&self) -> u64 {
+        self.size_bytes.load(Relaxed)
+    }
+
+    /// True if no guest may write.
+    pub fn is_read_only(&self) -> bool {
+        self.options.read_only
+    }
+
+    /// True if guests may change the size.
+    pub fn is_growable(&self) -> bool {
+        self.options.growable
+    }
+
+    /// The image that serves the guest now.
+    pub fn active(&self) -> Arc<dyn Image> {
+        self.active.load().0.clone()
+    }
+
+    /// Bytes that guests read and wrote since the start.
+    pub fn traffic(&self) -> (u64, u64) {
+        (self.read_bytes.load(Relaxed), self.written_bytes.load(Relaxed))
+    }
+
+    /// Raises the barrier: guest writes wait until the result is dropped. `None`: those under way took longer than `deadline`.
+    pub fn raise_barrier(&self, deadline: Option<std::time::Instant>) -> Option<Raised<'_>> {
+        self.barrier.raise(deadline)
+    }
+
+    /// Starts (or with `None` ends) dirty tracking. The raised barrier is the proof that no write is half tracked (rule 4).
+    pub fn set_tracking(&self, _barrier: &Raised<'_>, tracking: Option<Arc<Tracking>>) {
+        self.tracking.store(tracking);
+    }
+
+    /// The tracking that guest writes go through now, if any.
+    pub fn tracking(&self) -> Option<Arc<Tracking>> {
+        self.tracking.load_full()
+    }
+
+    /// Makes `image` the active one and ends tracking. Reads that are under way end on the old image: they began before any
+    /// write that the new one will get.
+    pub fn switch(&self, _barrier: &Raised<'_>, image: Arc<dyn Image>) {
+        self.active.store(Arc::new(ActiveImage(image)));
+        self.tracking.store(None);
+        self.twin.store(None);
+    }
+
+    /// Sends every further change to `twin` too, until [`Volume::switch`] or [`Volume::separate`]: nobody knows yet which of
+    /// the two a restart would choose (rule 15).
+    pub fn join(&self, _barrier: &Raised<'_>, twin: Arc<dyn Image>) {
+        self.twin.store(Some(Arc::new(Twin { image: twin, failed: AtomicBool::new(false) })));
+    }
+
+    /// Ends [`Volume::join`].
+    pub fn separate(&self, _barrier: &Raised<'_>) {
+        self.twin.store(None);
+    }
+
+    /// True unless a change failed on the joined twin.
+    pub fn twin_is_whole(&self) -> bool {
+        self.twin.load().as_ref().is_none_or(|twin| !twin.failed.load(Relaxed))
+    }
+
+    /// The one way of everything that may change the active image. The caller is inside the barrier.
+    fn modify(&self, change: Change<'_>) -> Result<()> {
+        let active = self.active.load();
+        let result = match &*self.tracking.load() {
+            None => change.apply(&*active.0),
+            Some(tracking) => tracking.guest_change(&*active.0, change),
+        };
+        if let Some(twin) = &*self.twin.load() {
+            if let Err(error) = change.apply(&*twin.image) {
+                twin.failed.store(true, Relaxed);
+                log::error!("{}: {error} while the cutover is undecided", self.name());
+            }
+        }
+        self.written_bytes.fetch_add(change.range().len(), Relaxed);
+        result
+    }
+
+    fn refuse_read_only(&self) -> Result<()> {
+        if !self.options.read_only {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::ReadOnly, "the disk is mounted read-only:").on(self.name()))
+    }
+}

@@ -1,0 +1,144 @@
+//! The target of a mirror, with a memory of what its last flush has not proven durable.
+//!
+//! A flush that failed says nothing about the writes before it, and a later one that succeeds does not heal that (Linux
+//! reports a writeback error once; HARD_PARTS 8). So every write is noted in a coarse set before it starts and again after it
+//! returned; a flush that succeeds empties what was noted before it began; one that fails hands everything back, to be
+//! copied again.
+//!
+//! ```text
+//! write:  note in `current` -> write -> note in `current`
+//! flush:  swap `current` and `flushing` -> flush -> ok: empty `flushing`;  failed: mark both in the dirty map
+//! ```
+
+use super::Change;
+use crate::dirty::DirtyMap;
+use crate::error::Result;
+use crate::image::Image;
+use crate::range::{ByteRange, Granularity, Granule};
+use crate::sync::{Arc, Mutex, RwLock};
+
+/// The coarse unit of the memory: 1 MiB up to 1 TiB, so that the sets stay small; 64 MiB at most.
+fn region_size(size_bytes: u64) -> Granularity {
+    let wanted = (size_bytes >> 20).next_power_of_two().clamp(1 << 20, 64 << 20);
+    Granularity::new(wanted).unwrap_or(Granularity::DEFAULT)
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Target {
+    image: Arc<dyn Image>,
+    /// What the dirty map covers; a larger target is written up to here only.
+    size_bytes: u64,
+    unproven: RwLock<Unproven>,
+    /// One flush at a time.
+    flushing: Mutex<()>,
+}
+
+#[derive(Debug)]
+struct Unproven {
+    current: Arc<DirtyMap>,
+    flushing: Arc<DirtyMap>,
+}
+
+impl Target {
+    /// A target for a disk of `size_bytes`, about which nothing is known.
+    pub fn new(image: Arc<dyn Image>, size_bytes: u64) -> Self {
+        let set = || DirtyMap::new(size_bytes, region_size(size_bytes));
+        let unproven = RwLock::new(Unproven { current: set(), flushing: set() });
+        Target { image, size_bytes, unproven, flushing: Mutex::new(()) }
+    }
+
+    /// The image itself, for everything but writing.
+    pub fn image(&self) -> &Arc<dyn Image> {
+        &self.image
+    }
+
+    /// The disk's size in bytes.
+    pub fn size_bytes(&self) -> u64 {
+        self.size_bytes
+    }
+
+    fn note(&self, range: ByteRange) {
+        self.unproven.read().current.mark(range);
+    }
+
+    /// Makes `change` on the target.
+    ///
+    /// # Errors
+    /// The image's; what the range holds is then unknown.
+    pub fn apply(&self, change: Change<'_>) -> Result<()> {
+        self.note(change.range());
+        let result = change.apply(&*self.image);
+        self.note(change.range());
+        result
+    }
+
+    /// Flushes. When that fails, every range written since the last success is marked in `map` before this returns.
+    ///
+    /// # Errors
+    /// The image's.
+    pub fn flush(&self, map: &DirtyMap) -> Result<()> {
+        let _one = self.flushing.lock();
+        {
+            let mut unproven = self.unproven.write();
+            let unproven = &mut *unproven;
+            // `flushing` is empty unless the last flush failed, and then `distrust` has emptied both.
+            std::mem::swap(&mut unproven.current, &mut unproven.flushing);
+        }
+        let result = self.image.flush();
+        match &result {
+            Ok(()) => {
+                let flushed = self.unproven.read().flushing.clone();
+                drain(&flushed, |_| ());
+            }
+            Err(_) => self.distrust(map),
+        }
+        result
+    }
+
+    /// Marks everything since the last successful flush in `map`: after a failed flush or a lost connection.
+    pub fn distrust(&self, map: &DirtyMap) {
+        let sets = {
+            let unproven = self.unproven.read();
+            [unproven.current.clone(), unproven.flushing.clone()]
+        };
+        for set in sets {
+            drain(&set, |range| {
+                map.mark(range.intersect(ByteRange::new(0, map.size_bytes())));
+            });
+        }
+    }
+}
+
+/// Hands every noted range to `each`, then forgets it.
+fn drain(set: &Arc<DirtyMap>, mut each: impl FnMut(ByteRange)) {
+    while let Some(claim) = set.claim(Granule(0), u32::MAX) {
+        each(claim.range());
+        claim.finish();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::faulty::{Effect, Fault, FaultyImage, Operation};
+    use crate::image::memory::MemoryImage;
+
+    #[test]
+    fn a_failed_flush_makes_everything_since_the_last_good_one_dirty_again() {
+        let faulty = FaultyImage::new(MemoryImage::new("target", 8 << 20));
+        let target = Target::new(faulty.clone(), 8 << 20);
+        let map = DirtyMap::new(8 << 20, Granularity::DEFAULT);
+        target.apply(Change::Write { offset: 0, data: &[1; 4096] }).unwrap();
+        target.flush(&map).unwrap();
+        assert_eq!(map.dirty_granules(), 0);
+        target.apply(Change::Write { offset: 3 << 20, data: &[1; 4096] }).unwrap();
+        faulty.add(Fault::new(Operation::Flush, Effect::Fail(libc::EIO)).times(1));
+        target.flush(&map).unwrap_err();
+        assert!(!map.any_dirty(ByteRange::new(0, 1 << 20)), "what a good flush proved stays proven");
+        assert!(map.any_dirty(ByteRange::new(3 << 20, 4096)));
+        // The next flush succeeds and proves nothing about the earlier write: it must still be dirty.
+        target.flush(&map).unwrap();
+        assert!(map.any_dirty(ByteRange::new(3 << 20, 4096)));
+    }
+}

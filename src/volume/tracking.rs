@@ -1,0 +1,189 @@
+//! What a guest's change does while a mirror runs: mark it, or write both images.
+//!
+//! ```text
+//! background:      source -> mark -> reply
+//! write-blocking:  hold the range (waits for claims and overlapping guest writes) -> clear what it covers wholly
+//!                  -> source and target side by side -> both done: release;  anything else: mark, release -> reply
+//! ```
+//!
+//! Invariants:
+//! - a guest waits for the target no longer than `max_guest_delay` in all (holds, writes, flushes); past that the change goes to
+//!   the source only and is marked;
+//! - whoever waits for a hold holds nothing: there is no cycle of waiters;
+//! - overlapping guest writes reach both images in one order, since one hold covers both writes.
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use super::Change;
+use super::target::Target;
+use super::target_queue::{Answer, TargetQueue};
+use crate::dirty::DirtyMap;
+use crate::error::{Error, Result};
+use crate::image::Image;
+use crate::sync::Arc;
+
+/// Hears what guests' writes meet at the target. Called on guests' threads: must be quick and must not wait.
+pub trait TargetObserver: Send + Sync {
+    /// A synchronous write or flush failed. What it covered is dirty again.
+    fn target_failed(&self, error: &Error);
+    /// A guest gave up waiting; from now on guests do not wait, until somebody calls [`Tracking::set_synchronous`].
+    fn target_stalled(&self);
+}
+
+/// Dirty tracking of one volume for one mirror job.
+pub struct Tracking {
+    map: Arc<DirtyMap>,
+    queue: Arc<TargetQueue>,
+    observer: Arc<dyn TargetObserver>,
+    synchronous: AtomicBool,
+    max_guest_delay: Duration,
+    /// Bytes that guests changed without the target getting them.
+    dirtied_bytes: AtomicU64,
+    /// Bytes that guests' writes brought to the target.
+    synchronous_bytes: AtomicU64,
+}
+
+impl fmt::Debug for Tracking {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Tracking").field("synchronous", &self.is_synchronous()).finish_non_exhaustive()
+    }
+}
+
+impl Tracking {
+    /// Tracking that starts in background mode.
+    pub fn new(
+        map: Arc<DirtyMap>,
+        target: Arc<Target>,
+        observer: Arc<dyn TargetObserver>,
+        max_guest_delay: Duration,
+    ) -> Arc<Self> {
+        let queue = TargetQueue::new(target, map.clone());
+        Arc::new(Tracking {
+            map,
+            queue,
+            observer,
+            synchronous: AtomicBool::new(false),
+            max_guest_delay,
+            dirtied_bytes: AtomicU64::new(0),
+            synchronous_bytes: AtomicU64::new(0),
+        })
+    }
+
+    /// The map that changes are marked in.
+    pub fn map(&self) -> &Arc<DirtyMap> {
+        &self.map
+    }
+
+    /// The queue through which requests reach the target that may be given up on.
+    pub fn queue(&self) -> &Arc<TargetQueue> {
+        &self.queue
+    }
+
+    /// How long a guest waits for the target at most.
+    pub fn max_guest_delay(&self) -> Duration {
+        self.max_guest_delay
+    }
+
+    /// True if guests wait for both images.
+    pub fn is_synchronous(&self) -> bool {
+        self.synchronous.load(Ordering::Relaxed)
+    }
+
+    /// Makes guests wait for both images, or for the source only. Returns what was so before.
+    pub fn set_synchronous(&self, on: bool) -> bool {
+        self.synchronous.swap(on, Ordering::Relaxed)
+    }
+
+    /// Bytes that guests changed without the target getting them, and bytes that they brought to the target.
+    pub fn traffic(&self) -> (u64, u64) {
+        (self.dirtied_bytes.load(Ordering::Relaxed), self.synchronous_bytes.load(Ordering::Relaxed))
+    }
+
+    /// Makes a guest's `change` on the source, and sees to it that the target gets it, now or later.
+    ///
+    /// # Errors
+    /// The source's.
+    pub fn guest_change(&self, source: &dyn Image, change: Change<'_>) -> Result<()> {
+        if change.range().is_empty() {
+            return change.apply(source);
+        }
+        if self.is_synchronous() { self.write_both(source, change) } else { self.write_source(source, change) }
+    }
+
+    fn write_source(&self, source: &dyn Image, change: Change<'_>) -> Result<()> {
+        let result = change.apply(source);
+        // After the write, failed or not: see the module `volume`.
+        self.map.mark(change.range());
+        self.dirtied_bytes.fetch_add(change.range().len(), Ordering::Relaxed);
+        result
+    }
+
+    fn write_both(&self, source: &dyn Image, change: Change<'_>) -> Result<()> {
+        let deadline = Instant::now() + self.max_guest_delay;
+        let Some(hold) = self.map.hold(change.range(), Some(deadline)) else {
+            self.fall_back();
+            return self.write_source(source, change);
+        };
+        hold.clear_covered();
+        let ticket = match self.queue.submit(change, hold) {
+            Ok(ticket) => ticket,
+            Err(hold) => {
+                // Dropped after the write: what was cleared is marked again before anyone can claim it.
+                let result = change.apply(source);
+                drop(hold);
+                self.dirtied_bytes.fetch_add(change.range().len(), Ordering::Relaxed);
+                return result;
+            }
+        };
+        let result = change.apply(source);
+        match ticket.wait(Some(deadline)) {
+            Answer::Done(Ok(()), Some(hold)) if result.is_ok() => {
+                hold.finish();
+                self.synchronous_bytes.fetch_add(change.range().len(), Ordering::Relaxed);
+            }
+            Answer::Done(written, hold) => {
+                drop(hold);
+                if let Err(error) = written {
+                    self.observer.target_failed(&error);
+                }
+            }
+            Answer::GivenUp => {
+                self.map.mark(change.range());
+                self.fall_back();
+            }
+        }
+        result
+    }
+
+    /// Makes acknowledged writes durable in the source, and in write-blocking mode in the target too (rule 7).
+    ///
+    /// # Errors
+    /// The source's.
+    pub fn guest_flush(&self, source: &dyn Image) -> Result<()> {
+        let deadline = Instant::now() + self.max_guest_delay;
+        let ticket = if self.is_synchronous() { self.queue.submit_flush() } else { None };
+        let result = source.flush();
+        if let Some(ticket) = ticket {
+            match ticket.wait(Some(deadline)) {
+                Answer::Done(Err(error), _) => self.observer.target_failed(&error),
+                Answer::Done(Ok(()), _) => (),
+                Answer::GivenUp => self.fall_back(),
+            }
+        }
+        result
+    }
+
+    fn fall_back(&self) {
+        if self.set_synchronous(false) {
+            self.observer.target_stalled();
+        }
+    }
+}
+
+impl Drop for Tracking {
+    fn drop(&mut self) {
+        self.queue.close();
+    }
+}

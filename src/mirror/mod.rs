@@ -1,2 +1,22 @@
-//! The mirror: drains a volume's dirty map to a target image.
+//! The mirror: drains a volume's dirty map to a target image, until the two converge and the volume can be cut over.
+//!
+//! ```text
+//!            start (tracking on) ──> scan ──> copiers ──> supervisor: ready ──> cutover / finish ──> end
+//! guest ──> volume ──> dirty map ──────────────^   ^── pace, errors
+//! ```
+
+mod copy;
+pub mod cutover;
+mod end;
+mod errors;
+pub mod events;
+mod info;
+pub mod job;
+pub mod pace;
+mod scan;
+mod start;
+mod states;
+mod supervise;
 pub mod types;
+
+pub use start::{MAX_GUEST_DELAY, Setting, default_granularity, start};

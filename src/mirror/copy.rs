@@ -1,0 +1,171 @@
+//! The copiers: claim, look, read, write.
+//!
+//! ```text
+//! budget in hand -> claim (bits cleared, rule 3) -> ask for extents -> Data: read, leave out zero blocks, write
+//!                                                                  -> hole: free or zero the target
+//!                -> finish,  or drop (marked again) on any error
+//! ```
+//!
+//! A claim never sleeps. What was learnt of the source before a bit was cleared is not used after.
+
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+
+use super::job::{Job, Live};
+use super::types::Operation;
+use crate::dirty::Claim;
+use crate::error::Error;
+use crate::image::ExtentStatus;
+use crate::range::{ByteRange, Granule};
+use crate::volume::Change;
+
+/// Bytes of one read, one write and one copier's buffer.
+pub(super) const PIECE_BYTES: u64 = 1 << 20;
+/// A hole is claimed on up to this length where freeing it is one cheap operation.
+const THIN_STRIDE_BYTES: u64 = 1 << 30;
+/// ... and up to this where zeroes may really be written.
+const ZERO_STRIDE_BYTES: u64 = 16 << 20;
+/// The smallest run of zero bytes within data that is left out of the target.
+const ZERO_BLOCK_BYTES: usize = 4096;
+
+/// One side's failure.
+pub(super) type Failure = (Operation, Error);
+
+/// Copies until the job ends.
+pub(super) fn run(job: &Job, live: &Live) {
+    let granularity = live.map.granularity().bytes();
+    let mut buffer = vec![0; PIECE_BYTES.min(job.options.buffer_bytes.max(granularity.min(PIECE_BYTES))) as usize];
+    while job.wait_to_copy() {
+        let careful = job.counters.careful.load(Relaxed) > 0;
+        let piece = if careful { granularity } else { job.pacer.piece(PIECE_BYTES).max(granularity) };
+        if !job.pacer.acquire(piece, || job.must_yield()) {
+            continue;
+        }
+        let cursor = job.counters.cursor.load(Relaxed);
+        let Some(mut claim) = live.map.claim(Granule(cursor), (piece / granularity) as u32) else {
+            job.pacer.refund(piece);
+            live.map.wait_for_work(None, || job.must_yield());
+            continue;
+        };
+        if job.supervisor_idle.load(SeqCst) {
+            job.notify();
+        }
+        let first = claim.range().start();
+        let mut data_bytes = 0;
+        let result = copy_claim(job, live, &mut claim, &mut buffer, &mut data_bytes);
+        let next = live.map.granularity().granule_of(claim.range().end()).0;
+        job.counters.cursor.store(next, Relaxed);
+        if live.map.granularity().granule_of(first).0 < cursor {
+            job.counters.passes.fetch_add(1, Relaxed);
+        }
+        job.pacer.refund(piece.saturating_sub(data_bytes));
+        match result {
+            Ok(()) => {
+                claim.finish();
+                job.counters.copied.fetch_add(data_bytes, Relaxed);
+                if careful {
+                    let _ = job.counters.careful.fetch_update(Relaxed, Relaxed, |left| left.checked_sub(1));
+                }
+                if live.map.is_in_sync() {
+                    job.notify();
+                }
+            }
+            Err((operation, error)) => {
+                drop(claim);
+                job.copy_failed(operation, error);
+            }
+        }
+    }
+}
+
+fn copy_claim(
+    job: &Job,
+    live: &Live,
+    claim: &mut Claim,
+    buffer: &mut [u8],
+    data_bytes: &mut u64,
+) -> Result<(), Failure> {
+    let disk = ByteRange::new(0, live.map.size_bytes());
+    let first = live.source.extent_at(claim.range().start());
+    if first.status != ExtentStatus::Data && first.range.end() > claim.range().end() {
+        let thin = live.target.image().properties().thin_zeroing;
+        let stride = if thin { THIN_STRIDE_BYTES } else { ZERO_STRIDE_BYTES };
+        // More bits are cleared here: the loop below asks anew for all of the claim.
+        claim.extend(first.range.end().min(claim.range().start() + stride));
+    }
+    let range = claim.range().intersect(disk);
+    let mut at = range.start();
+    while at < range.end() {
+        if job.stopping.load(SeqCst) {
+            // Given up in the middle; dropping the claim marks it again.
+            return Err((Operation::Write, Error::not_now("the job ends")));
+        }
+        let extent = live.source.extent_at(at);
+        let end = if extent.range.end() > at { extent.range.end() } else { range.end() };
+        let part = ByteRange::from_bounds(at, end).intersect(range);
+        if extent.status == ExtentStatus::Data {
+            for piece in pieces(part, buffer.len() as u64) {
+                let bytes = &mut buffer[..piece.len() as usize];
+                live.source.read_at(piece.start(), bytes).map_err(|error| (Operation::Read, error))?;
+                write_data(job, live, piece.start(), bytes).map_err(|error| (Operation::Write, error))?;
+                *data_bytes += piece.len();
+            }
+        } else {
+            clear(job, live, part).map_err(|error| (Operation::Write, error))?;
+        }
+        at = part.end();
+    }
+    Ok(())
+}
+
+/// Pieces of at most `limit` bytes from the range's own start.
+fn pieces(range: ByteRange, limit: u64) -> impl Iterator<Item = ByteRange> {
+    let mut rest = range;
+    std::iter::from_fn(move || {
+        let (head, tail) = rest.split(limit);
+        rest = tail;
+        (!head.is_empty()).then_some(head)
+    })
+}
+
+/// Writes `bytes`, but leaves holes where whole blocks are zero.
+fn write_data(job: &Job, live: &Live, offset: u64, bytes: &[u8]) -> Result<(), Error> {
+    let mut at = 0;
+    while at < bytes.len() {
+        let zero = is_zero_block(&bytes[at..]);
+        let mut end = next_block(offset, at, bytes.len());
+        while end < bytes.len() && is_zero_block(&bytes[end..]) == zero {
+            end = next_block(offset, end, bytes.len());
+        }
+        let place = offset + at as u64;
+        if zero {
+            clear(job, live, ByteRange::new(place, (end - at) as u64))?;
+        } else {
+            live.target.apply(Change::Write { offset: place, data: &bytes[at..end] })?;
+        }
+        at = end;
+    }
+    Ok(())
+}
+
+/// The end of the block (in the disk's own alignment) that starts or lies at `at` of a buffer read from `offset`.
+fn next_block(offset: u64, at: usize, len: usize) -> usize {
+    let place = offset + at as u64;
+    let block = ZERO_BLOCK_BYTES as u64;
+    at.saturating_add((block - place % block) as usize).min(len)
+}
+
+/// True if the first block of `bytes` is all zero. Blocks are compared with the system's `memcmp`.
+fn is_zero_block(bytes: &[u8]) -> bool {
+    static ZEROES: [u8; ZERO_BLOCK_BYTES] = [0; ZERO_BLOCK_BYTES];
+    let block = &bytes[..bytes.len().min(ZERO_BLOCK_BYTES)];
+    block == &ZEROES[..block.len()]
+}
+
+/// Makes the target read as zeroes, by the thinnest means it has.
+fn clear(job: &Job, live: &Live, range: ByteRange) -> Result<(), Error> {
+    live.target.apply(Change::Discard(range))?;
+    let thin = live.target.image().properties().thin_zeroing;
+    let counter = if thin { &job.counters.discarded } else { &job.counters.zeroed };
+    counter.fetch_add(range.len(), Relaxed);
+    Ok(())
+}

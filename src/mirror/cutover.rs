@@ -1,0 +1,376 @@
+//! The cutover: one attempt, for one volume or several at one instant.
+//!
+//! ```text
+//! before:   flush the targets; write the new record aside          (guests go on, no hurry)
+//!           wait until what remains is predicted to fit the pause
+//! barrier:  raise all -> drain -> flush the targets -> ONE rename -> mark the old sources -> switch -> lower all
+//! ```
+//!
+//! The pause runs from the first raising to the last lowering. Every step before the rename can be abandoned: the barrier is
+//! lowered, the job goes on copying, the caller tries again. If the rename itself fails, nobody knows which record a restart
+//! would find: guests' writes then go to both images until a record is durable (rule 15).
+
+use std::time::{Duration, Instant};
+
+use super::job::{Job, Live, Verdict};
+use super::types::{JobStatus, Operation};
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::Image;
+use crate::sync::{Arc, Mutex, MutexGuard, wait_until};
+use crate::volume::Volume;
+use crate::volume::barrier::Raised;
+use crate::volume::target_queue::Answer;
+
+/// The pause that is allowed where nothing else is told.
+pub const MAX_PAUSE_DEFAULT: Duration = Duration::from_millis(50);
+/// While undecided, a record is tried this often.
+const SETTLE_EVERY: Duration = Duration::from_millis(200);
+
+/// One volume's change of image.
+#[derive(Clone, Debug)]
+pub struct Switch {
+    /// The volume.
+    pub volume: Arc<Volume>,
+    /// The image that it leaves.
+    pub old: Arc<dyn Image>,
+    /// The image that it goes to.
+    pub new: Arc<dyn Image>,
+}
+
+/// Makes cutovers durable. The state stands behind it; tests stand in for it.
+pub trait Committer: Send + Sync {
+    /// Writes a record in which every switch is made, aside, and makes it durable there.
+    ///
+    /// # Errors
+    /// Nothing has changed.
+    fn prepare(&self, switches: &[Switch]) -> Result<Box<dyn PreparedRecord>>;
+
+    /// Marks the old images as superseded (rule 10). The record is durable already: an error is logged, not reported.
+    fn supersede(&self, switches: &[Switch]);
+
+    /// Writes a durable record by any means: of the switches made, or (`made == false`) of none.
+    ///
+    /// # Errors
+    /// Still undecided.
+    fn settle(&self, switches: &[Switch], made: bool) -> Result<()>;
+
+    /// The switches are made and guests go on.
+    fn switched(&self, switches: &[Switch]);
+}
+
+/// A record that waits for its one rename.
+pub trait PreparedRecord {
+    /// Puts the record in place.
+    ///
+    /// # Errors
+    /// See [`CommitFailure`].
+    fn commit(self: Box<Self>) -> Result<(), CommitFailure>;
+}
+
+/// Why a record is not in place.
+#[derive(Debug)]
+pub enum CommitFailure {
+    /// Nothing was renamed: the old record stands.
+    NotDone(Error),
+    /// It may or may not be in place, now or after a power cut.
+    Undecided(Error),
+}
+
+/// How a job that is ready ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// The target becomes the disk.
+    Switch,
+    /// The target is left as a consistent copy.
+    Copy,
+}
+
+/// Carries out cutovers, one at a time in a mount.
+pub struct Cutovers {
+    committer: Arc<dyn Committer>,
+    running: Mutex<()>,
+}
+
+/// What one attempt works with, for one volume.
+struct Participant {
+    job: Arc<Job>,
+    live: Live,
+}
+
+impl std::fmt::Debug for Cutovers {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Cutovers").finish_non_exhaustive()
+    }
+}
+
+impl Cutovers {
+    /// Cutovers made durable by `committer`.
+    pub fn new(committer: Arc<dyn Committer>) -> Arc<Self> {
+        Arc::new(Cutovers { committer, running: Mutex::new(()) })
+    }
+
+    /// Keeps every cutover of the mount away while the result lives.
+    pub(super) fn exclusive(&self) -> MutexGuard<'_, ()> {
+        self.running.lock()
+    }
+
+    /// Tries to end `jobs` at one instant. Waits up to `patience` for them to come near enough, and lets guest writes wait no
+    /// longer than `max_pause`. Returns that pause in milliseconds.
+    ///
+    /// # Errors
+    /// `NotNow`: nothing has changed, another attempt may succeed. Else the switch failed for good; the guests go on.
+    pub fn attempt(&self, jobs: &[Arc<Job>], ending: Ending, max_pause: Duration, patience: Duration) -> Result<f64> {
+        let _one = self.running.lock();
+        let give_up_at = Instant::now() + patience;
+        let participants = gather(jobs)?;
+        let flush_took = flush_beforehand(&participants)?;
+        let switches: Vec<Switch> = participants.iter().map(Participant::switch).collect();
+        let record = match ending {
+            Ending::Switch => Some(self.committer.prepare(&switches)?),
+            Ending::Copy => None,
+        };
+        wait_until_near(&participants, max_pause, flush_took, give_up_at)?;
+
+        let raised_at = Instant::now();
+        let deadline = raised_at + max_pause;
+        let barriers = raise_all(&participants, deadline)?;
+        drain(&participants, deadline)?;
+        flush_under_barrier(&participants, deadline)?;
+        let failure = match record.map(PreparedRecord::commit) {
+            Some(Err(CommitFailure::NotDone(error))) => return Err(error),
+            Some(Err(CommitFailure::Undecided(error))) => Some(error),
+            Some(Ok(())) | None => None,
+        };
+        if let Some(error) = failure {
+            return self.settle(&participants, &switches, barriers, error, raised_at);
+        }
+        if ending == Ending::Switch {
+            self.committer.supersede(&switches);
+        }
+        for (participant, barrier) in participants.iter().zip(&barriers) {
+            match ending {
+                Ending::Switch => participant.job.volume.switch(barrier, participant.new_image()),
+                Ending::Copy => participant.job.volume.set_tracking(barrier, None),
+            }
+        }
+        drop(barriers);
+        let pause_ms = raised_at.elapsed().as_secs_f64() * 1e3;
+        if ending == Ending::Switch {
+            self.committer.switched(&switches);
+        }
+        announce(&participants, ending, pause_ms);
+        Ok(pause_ms)
+    }
+
+    /// Nobody knows which record is in place: serve from the old image, write both, until a record is durable.
+    fn settle(
+        &self,
+        participants: &[Participant],
+        switches: &[Switch],
+        barriers: Vec<Raised<'_>>,
+        error: Error,
+        raised_at: Instant,
+    ) -> Result<f64> {
+        log::error!("the cutover is undecided: {error}; guest writes go to both images until a record is durable");
+        for (participant, barrier) in participants.iter().zip(&barriers) {
+            participant.job.volume.set_tracking(barrier, None);
+            participant.job.volume.join(barrier, participant.new_image());
+        }
+        drop(barriers);
+        let pause_ms = raised_at.elapsed().as_secs_f64() * 1e3;
+        loop {
+            std::thread::sleep(SETTLE_EVERY);
+            let Some(barriers) =
+                participants.iter().map(|one| one.job.volume.raise_barrier(None)).collect::<Option<Vec<_>>>()
+            else {
+                continue;
+            };
+            let whole =
+                participants.iter().all(|one| one.job.volume.twin_is_whole() && one.new_image().flush().is_ok());
+            if let Err(error) = self.committer.settle(switches, whole) {
+                log::error!("the cutover is still undecided: {error}");
+                continue;
+            }
+            if whole {
+                self.committer.supersede(switches);
+            }
+            for (participant, barrier) in participants.iter().zip(&barriers) {
+                if whole {
+                    participant.job.volume.switch(barrier, participant.new_image());
+                } else {
+                    participant.job.volume.separate(barrier);
+                }
+            }
+            drop(barriers);
+            if whole {
+                self.committer.switched(switches);
+                announce(participants, Ending::Switch, pause_ms);
+                return Ok(pause_ms);
+            }
+            return Err(Error::new(ErrorKind::Failed, format!("the cutover failed and was taken back: {error}")));
+        }
+    }
+}
+
+impl Participant {
+    fn new_image(&self) -> Arc<dyn Image> {
+        self.live.target.image().clone()
+    }
+
+    fn switch(&self) -> Switch {
+        Switch { volume: self.job.volume.clone(), old: self.live.source.clone(), new: self.new_image() }
+    }
+
+    /// How long the rest of the copy would take at the rate seen so far.
+    fn predicted_drain(&self) -> Duration {
+        let remaining = self.live.map.dirty_bytes() + self.live.map.in_flight_bytes();
+        // Before a rate was seen: what a slow disk does.
+        let rate = self.job.info().drain_bytes_per_second.max(50 << 20);
+        Duration::from_secs_f64(remaining as f64 / rate as f64)
+    }
+}
+
+fn gather(jobs: &[Arc<Job>]) -> Result<Vec<Participant>> {
+    jobs.iter()
+        .map(|job| {
+            let state = job.state.lock();
+            let copying = matches!(state.status, JobStatus::Running | JobStatus::Ready | JobStatus::Pending);
+            if let Some(Verdict::Failed(error)) = &state.verdict {
+                return Err(error.clone());
+            }
+            if state.is_paused() || !copying || state.verdict.is_some() {
+                let text = format!("the mirror of {} is {}", job.volume.name(), state.status.word());
+                return Err(Error::not_now(text).advise("see 'livemirror status'; 'livemirror resume' ends a pause"));
+            }
+            if !state.scanned {
+                return Err(Error::not_now(format!("the mirror of {} has just begun", job.volume.name())));
+            }
+            drop(state);
+            let live = job.live().ok_or_else(|| Error::not_now("the mirror has ended"))?;
+            Ok(Participant { job: job.clone(), live })
+        })
+        .collect()
+}
+
+/// Leaves little for the flush under the barrier. Returns how long the slowest took.
+fn flush_beforehand(participants: &[Participant]) -> Result<Duration> {
+    let start = Instant::now();
+    for one in participants {
+        if let Err(error) = one.live.target.flush(&one.live.map) {
+            one.job.copy_failed(Operation::Write, error);
+            return Err(Error::not_now(format!("the target of {} cannot be flushed", one.job.volume.name())));
+        }
+    }
+    Ok(start.elapsed())
+}
+
+fn wait_until_near(
+    participants: &[Participant],
+    max_pause: Duration,
+    flush_took: Duration,
+    give_up_at: Instant,
+) -> Result<()> {
+    // The flush under the barrier has little left to write; the one before it is the upper bound of what it takes.
+    let budget = max_pause.saturating_sub(flush_took.min(max_pause / 2)) / 2;
+    loop {
+        let predicted = participants.iter().map(Participant::predicted_drain).sum::<Duration>();
+        if predicted <= budget {
+            return Ok(());
+        }
+        if Instant::now() >= give_up_at {
+            let dirty: u64 = participants.iter().map(|one| one.live.map.dirty_bytes()).sum();
+            let text =
+                format!("not ready: {dirty} bytes are still dirty, a pause of about {} ms", predicted.as_millis());
+            return Err(Error::not_now(text).advise("wait, or allow a longer --max-pause"));
+        }
+        let job = &participants[0].job;
+        let mut state = job.state.lock();
+        wait_until(&job.changed, &mut state, Some(Instant::now() + Duration::from_millis(5)));
+    }
+}
+
+fn raise_all(participants: &[Participant], deadline: Instant) -> Result<Vec<Raised<'_>>> {
+    participants
+        .iter()
+        .map(|one| {
+            one.job.volume.raise_barrier(Some(deadline)).ok_or_else(|| {
+                Error::not_now(format!(
+                    "guest writes under way on {} took longer than the pause",
+                    one.job.volume.name()
+                ))
+            })
+        })
+        .collect()
+}
+
+/// Lifts the speed limit for as long as it lives.
+struct Hurry<'a>(&'a [Participant]);
+
+impl<'a> Hurry<'a> {
+    fn new(participants: &'a [Participant]) -> Self {
+        participants.iter().for_each(|one| one.job.pacer.bypass(true));
+        Hurry(participants)
+    }
+}
+
+impl Drop for Hurry<'_> {
+    fn drop(&mut self) {
+        self.0.iter().for_each(|one| one.job.pacer.bypass(false));
+    }
+}
+
+fn drain(participants: &[Participant], deadline: Instant) -> Result<()> {
+    let _hurry = Hurry::new(participants);
+    for one in participants {
+        one.job.wake();
+        while !one.live.map.is_in_sync() {
+            if Instant::now() >= deadline {
+                let text = format!("what remained of {} took longer than the pause", one.job.volume.name());
+                return Err(Error::not_now(text).advise("it is tried again; --max-pause allows a longer one"));
+            }
+            let mut state = one.job.state.lock();
+            if !one.live.map.is_in_sync() {
+                let soon = Instant::now() + Duration::from_millis(1);
+                wait_until(&one.job.changed, &mut state, Some(soon.min(deadline)));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn flush_under_barrier(participants: &[Participant], deadline: Instant) -> Result<()> {
+    let late = |one: &Participant| {
+        let text = format!("flushing the target of {} took longer than the pause", one.job.volume.name());
+        Error::not_now(text).advise("it is tried again; --max-pause allows a longer one")
+    };
+    // All at once: the pause is that of the slowest.
+    let tickets: Vec<_> = participants.iter().map(|one| (one, one.live.tracking.queue().submit_flush())).collect();
+    for (one, ticket) in tickets {
+        match ticket.ok_or_else(|| late(one))?.wait(Some(deadline)) {
+            Answer::Done(Ok(()), _) => (),
+            Answer::Done(Err(error), _) => {
+                one.job.copy_failed(Operation::Write, error);
+                return Err(Error::not_now(format!("the target of {} cannot be flushed", one.job.volume.name())));
+            }
+            Answer::GivenUp => return Err(late(one)),
+        }
+    }
+    if Instant::now() >= deadline {
+        return Err(late(&participants[0]));
+    }
+    Ok(())
+}
+
+fn announce(participants: &[Participant], ending: Ending, pause_ms: f64) {
+    for one in participants {
+        {
+            let mut state = one.job.state.lock();
+            state.ready = true;
+            state.verdict = Some(match ending {
+                Ending::Switch => Verdict::Switched { pause_ms },
+                Ending::Copy => Verdict::Finished,
+            });
+        }
+        one.job.wake();
+    }
+}

@@ -1,0 +1,112 @@
+//! The end of a job: threads, tracking, images, the target that nobody wants, and the events in QEMU's order.
+
+use std::sync::atomic::Ordering::SeqCst;
+use std::time::{Duration, Instant, SystemTime};
+
+use super::info::describe;
+use super::job::{Job, Live, Verdict};
+use super::types::{JobEvent, JobStatus, LastMirror, MirrorResult};
+use crate::image::Image;
+use crate::sync::{Arc, wait_until};
+
+/// How long the end of a job waits for its copiers. One that hangs in the target's store is left behind: it keeps its range,
+/// its buffer and the target's lock until it returns (rule 14).
+const PATIENCE: Duration = Duration::from_secs(3);
+
+pub(super) fn conclude(job: &Arc<Job>, live: Live, verdict: Verdict) {
+    let good = matches!(verdict, Verdict::Finished | Verdict::Switched { .. });
+    if good {
+        walk_to_pending(job);
+    } else {
+        job.transition(JobStatus::Aborting);
+    }
+    job.stopping.store(true, SeqCst);
+    job.wake();
+    let hung = wait_for_threads(job);
+    if !good {
+        // Guests' writes stop going through this job before its images are released.
+        if let Some(raised) = job.volume.raise_barrier(None) {
+            job.volume.set_tracking(&raised, None);
+        }
+    }
+    live.tracking.queue().close();
+    let info = job.picture(&live);
+    let progress = job.progress();
+    let target = live.target.image().clone();
+    let outcome = outcome(job, &verdict);
+    let error = outcome.error.clone();
+    job.state.lock().epitaph = Some((info, outcome.clone()));
+    drop(live);
+    *job.live.lock() = None;
+    if hung > 0 {
+        let text = "have not returned; the image stays locked until they have";
+        log::error!("job {}: {hung} requests on {} {text}", job.id(), target.name());
+    }
+    if matches!(verdict, Verdict::Cancelled { keep: false }) && job.created_target {
+        remove(&*target);
+    }
+    drop(target);
+
+    job.observer.ended(job, &outcome);
+    match verdict {
+        Verdict::Cancelled { .. } => job.events.emit(&JobEvent::Cancelled(progress)),
+        _ => job.events.emit(&JobEvent::Completed(progress, error)),
+    }
+    job.transition(JobStatus::Concluded);
+    if job.options.auto_dismiss {
+        job.transition(JobStatus::Null);
+        job.observer.gone(job);
+    }
+}
+
+/// A job that ends well passes through all the states that QEMU's does.
+fn walk_to_pending(job: &Job) {
+    loop {
+        let next = match job.status() {
+            JobStatus::Standby => JobStatus::Ready,
+            JobStatus::Paused => JobStatus::Running,
+            JobStatus::Running | JobStatus::Ready => JobStatus::Waiting,
+            JobStatus::Waiting => JobStatus::Pending,
+            _ => return,
+        };
+        job.transition(next);
+    }
+}
+
+/// Waits for scanner and copiers, within bounds; returns how many are left.
+fn wait_for_threads(job: &Job) -> usize {
+    let deadline = Instant::now() + PATIENCE;
+    let mut state = job.state.lock();
+    while state.threads > 0 && wait_until(&job.changed, &mut state, Some(deadline)) {}
+    state.threads
+}
+
+/// Removes the file that was made for the job, if that is still what its path names.
+fn remove(target: &dyn Image) {
+    use std::os::unix::fs::MetadataExt;
+    let (Some(path), Ok(identity)) = (target.path(), target.identity()) else { return };
+    let same = std::fs::symlink_metadata(&path)
+        .is_ok_and(|found| (found.dev(), found.ino()) == (identity.device, identity.inode));
+    if same {
+        if let Err(error) = std::fs::remove_file(&path) {
+            log::warn!("cannot remove {}: {error}", path.display());
+        }
+    }
+}
+
+fn outcome(job: &Job, verdict: &Verdict) -> LastMirror {
+    let (result, consistent, error, pause_ms) = match verdict {
+        Verdict::Cancelled { .. } => (MirrorResult::Cancelled, false, None, None),
+        Verdict::Failed(error) => (MirrorResult::Failed, false, Some(describe(error)), None),
+        Verdict::Finished => (MirrorResult::Finished, true, None, None),
+        Verdict::Switched { pause_ms } => (MirrorResult::Completed, true, None, Some(*pause_ms)),
+    };
+    LastMirror {
+        target: job.options.target.clone(),
+        result,
+        consistent,
+        error,
+        pause_ms,
+        ended: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
+    }
+}

@@ -1,0 +1,87 @@
+//! The picture of a job that `status` and the QMP queries show.
+
+use std::sync::atomic::Ordering::Relaxed;
+
+use super::job::{Job, Live, State};
+use super::types::JobInfo;
+
+impl Job {
+    /// How the job stands; after its end, how it stood last.
+    pub fn info(&self) -> JobInfo {
+        // The epitaph is written before the images are released, so one of the two is always there.
+        if let Some(live) = self.live() {
+            return self.picture(&live);
+        }
+        let state = self.state.lock();
+        let (info, outcome) = state.epitaph.as_ref().expect("a job without images has its epitaph");
+        JobInfo { state: state.status, error: outcome.error.clone(), ..info.clone() }
+    }
+
+    pub(super) fn picture(&self, live: &Live) -> JobInfo {
+        let dirty_bytes = live.map.dirty_bytes();
+        let in_flight_bytes = live.map.in_flight_bytes();
+        let copied_bytes = self.copied();
+        let in_sync = live.map.is_in_sync();
+        let (dirtied, synchronous) = live.tracking.traffic();
+        // What is dirty may be holes to clear; of data no more than was found and written since can be left.
+        let found = self.counters.scanned_data.load(Relaxed).saturating_add(dirtied).saturating_sub(copied_bytes);
+        let mut remaining = found.min(dirty_bytes + in_flight_bytes);
+        let mut state = self.state.lock();
+        if remaining == 0 && !(in_sync && state.scanned) {
+            // Never 100 % while anything is dirty or unknown.
+            remaining = live.map.granularity().bytes();
+        }
+        state.drain.sample(copied_bytes);
+        state.dirtying.sample(dirtied);
+        let gain = state.drain.bytes_per_second().saturating_sub(state.dirtying.bytes_per_second());
+        let eta_seconds = match (state.ready, gain) {
+            (true, _) => Some(0),
+            (false, 0) => None,
+            (false, gain) => Some(remaining.div_ceil(gain)),
+        };
+        JobInfo {
+            job_id: self.id().to_owned(),
+            target: self.options.target.clone(),
+            state: state.status,
+            copy_mode: state.copy_mode,
+            granularity: live.map.granularity().bytes(),
+            ready: state.ready,
+            in_sync: in_sync && state.scanned,
+            data_bytes: copied_bytes + remaining,
+            copied_bytes,
+            dirty_bytes,
+            in_flight_bytes,
+            zeroed_bytes: self.counters.zeroed.load(Relaxed),
+            discarded_bytes: self.counters.discarded.load(Relaxed),
+            skipped_bytes: self.counters.skipped.load(Relaxed),
+            source_allocated_bytes: live.source.allocated_bytes().unwrap_or(0),
+            target_allocated_bytes: live.target.image().allocated_bytes().unwrap_or(0),
+            dirty_bytes_per_second: state.dirtying.bytes_per_second(),
+            drain_bytes_per_second: state.drain.bytes_per_second(),
+            eta_seconds,
+            speed: self.pacer.speed(),
+            io_status: state.io_status,
+            last_error: state.last_error.as_ref().map(describe),
+            paused: State::is_paused(&state),
+            busy: in_flight_bytes > 0,
+            actively_synced: live.tracking.is_synchronous() && synchronous > 0 && dirty_bytes == 0,
+            auto_finalize: self.options.auto_finalize,
+            auto_dismiss: self.options.auto_dismiss,
+            error: None,
+        }
+    }
+}
+
+impl State {
+    pub(super) fn is_paused(&self) -> bool {
+        self.user_paused || self.error_paused
+    }
+}
+
+/// An error and what can be done about it, on one line.
+pub(super) fn describe(error: &crate::error::Error) -> String {
+    match error.advice() {
+        Some(advice) => format!("{error} ({advice})"),
+        None => error.to_string(),
+    }
+}

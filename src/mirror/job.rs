@@ -1,0 +1,400 @@
+//! One mirror job: its parts, its state, and the verbs that change it.
+//!
+//! Threads of a job: the *supervisor* (states, ready, convergence, the end), one *scanner* (which extents hold data), and
+//! some *copiers*. They share this object; nothing else in the crate waits for them.
+//!
+//! Lock order: `live` and `state` are leaves, never held while an image, the barrier or a listener is called; events are emitted
+//! by whoever changed the state, in order, through [`Job::transition`].
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
+use std::time::Instant;
+
+use super::cutover::Cutovers;
+use super::events::EventHub;
+use super::pace::{Pacer, RateMeter};
+use super::states::check_verb;
+use super::types::{
+    CancelMode, CopyMode, IoStatus, JobEvent, JobInfo, JobProgress, JobStatus, JobVerb, LastMirror, MirrorOptions,
+};
+use crate::dirty::DirtyMap;
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::Image;
+use crate::sync::{Arc, Condvar, Mutex};
+use crate::volume::Volume;
+use crate::volume::target::Target;
+use crate::volume::tracking::Tracking;
+
+/// A mirror job. See the module.
+pub struct Job {
+    pub(super) options: MirrorOptions,
+    pub(super) volume: Arc<Volume>,
+    pub(super) events: Arc<EventHub>,
+    pub(super) cutovers: Arc<Cutovers>,
+    pub(super) observer: Arc<dyn JobObserver>,
+    /// The target was made for this job: it was all holes, and a cancel removes it.
+    pub(super) created_target: bool,
+    pub(super) pacer: Pacer,
+    pub(super) counters: Counters,
+    pub(super) state: Mutex<State>,
+    pub(super) changed: Condvar,
+    /// The images, while the job uses them. Taken out at its end, so that their locks are released.
+    pub(super) live: Mutex<Option<Live>>,
+    /// Scanner and copiers end.
+    pub(super) stopping: AtomicBool,
+    /// Copiers take no new claims: paused, or backing off after an error.
+    pub(super) holding: AtomicBool,
+    /// The supervisor sleeps until something changes; copiers wake it when guests write again.
+    pub(super) supervisor_idle: AtomicBool,
+}
+
+/// What a job works with while it lives.
+#[derive(Clone, Debug)]
+pub(super) struct Live {
+    pub(super) source: Arc<dyn Image>,
+    pub(super) target: Arc<Target>,
+    pub(super) tracking: Arc<Tracking>,
+    pub(super) map: Arc<DirtyMap>,
+}
+
+/// Hears when a job has ended and when it is forgotten. Called without locks held.
+pub trait JobObserver: Send + Sync {
+    /// The job has ended with this outcome; its images are released. Called before the event `concluded`.
+    fn ended(&self, job: &Job, outcome: &LastMirror);
+    /// The job went from `concluded` to `null`.
+    fn gone(&self, job: &Job);
+}
+
+/// Bytes, except where a name says otherwise.
+#[derive(Debug, Default)]
+pub(super) struct Counters {
+    pub(super) scanned_data: AtomicU64,
+    pub(super) copied: AtomicU64,
+    pub(super) zeroed: AtomicU64,
+    pub(super) discarded: AtomicU64,
+    pub(super) skipped: AtomicU64,
+    /// Where the next claim is looked for, a granule's number.
+    pub(super) cursor: AtomicU64,
+    /// How often the cursor came round since the scan was done.
+    pub(super) passes: AtomicU64,
+    /// Claims of one granule are taken until this counts down to 0: a bad spot is being isolated.
+    pub(super) careful: AtomicU64,
+}
+
+/// What changes under the job's lock.
+#[derive(Debug)]
+pub(super) struct State {
+    pub(super) status: JobStatus,
+    pub(super) user_paused: bool,
+    pub(super) error_paused: bool,
+    pub(super) io_status: IoStatus,
+    pub(super) copy_mode: CopyMode,
+    pub(super) scanned: bool,
+    pub(super) ready: bool,
+    pub(super) wish: Wish,
+    pub(super) verdict: Option<Verdict>,
+    pub(super) last_error: Option<Error>,
+    /// Errors in a row under `ignore`, and until when copiers wait for it.
+    pub(super) failures: u32,
+    pub(super) retry_at: Option<Instant>,
+    pub(super) error_event_at: Option<Instant>,
+    /// A guest gave up waiting for the target then.
+    pub(super) stalled_at: Option<Instant>,
+    pub(super) drain: RateMeter,
+    pub(super) dirtying: RateMeter,
+    /// Scanner and copiers that have not ended.
+    pub(super) threads: usize,
+    /// The last picture, once the images are released.
+    pub(super) epitaph: Option<(JobInfo, LastMirror)>,
+}
+
+/// What the user wants beyond copying.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wish {
+    /// Copy on.
+    None,
+    /// End with a consistent copy.
+    Finish,
+    /// Cut over.
+    Complete,
+    /// A pending job may conclude.
+    Finalize,
+}
+
+/// How the job ends. Set once; the supervisor acts on it.
+#[derive(Clone, Debug)]
+pub(super) enum Verdict {
+    /// Given up; the target is kept or removed.
+    Cancelled { keep: bool },
+    /// An error.
+    Failed(Error),
+    /// A consistent copy.
+    Finished,
+    /// The target is the disk now.
+    Switched { pause_ms: f64 },
+}
+
+impl fmt::Debug for Job {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Job").field("id", &self.options.job_id).finish_non_exhaustive()
+    }
+}
+
+impl Job {
+    /// The job's id.
+    pub fn id(&self) -> &str {
+        &self.options.job_id
+    }
+
+    /// The volume that it mirrors.
+    pub fn volume(&self) -> &Arc<Volume> {
+        &self.volume
+    }
+
+    /// Where it stands.
+    pub fn status(&self) -> JobStatus {
+        self.state.lock().status
+    }
+
+    /// The outcome, once it has ended.
+    pub fn outcome(&self) -> Option<LastMirror> {
+        self.state.lock().epitaph.as_ref().map(|(_, outcome)| outcome.clone())
+    }
+
+    /// The target's image while the job uses it.
+    pub fn target_image(&self) -> Option<Arc<dyn Image>> {
+        self.live.lock().as_ref().map(|live| live.target.image().clone())
+    }
+
+    pub(super) fn verdict(&self) -> Option<Verdict> {
+        self.state.lock().verdict.clone()
+    }
+
+    pub(super) fn live(&self) -> Option<Live> {
+        self.live.lock().clone()
+    }
+
+    /// Goes to `status` and tells everybody. The only way in which a job's status changes.
+    pub(super) fn transition(&self, status: JobStatus) {
+        {
+            let mut state = self.state.lock();
+            debug_assert!(state.status.may_become(status), "{:?} -> {status:?}", state.status);
+            state.status = status;
+        }
+        log::info!("job {}: {}", self.id(), status.word());
+        self.events.emit(&JobEvent::StatusChange { job_id: self.id().to_owned(), status });
+        self.changed.notify_all();
+    }
+
+    /// The numbers of a block job event.
+    pub(super) fn progress(&self) -> JobProgress {
+        let info = self.info();
+        JobProgress { job_id: info.job_id, len: info.data_bytes, offset: info.copied_bytes, speed: info.speed }
+    }
+
+    fn check(&self, verb: JobVerb) -> Result<()> {
+        check_verb(self.id(), self.status(), verb)
+    }
+
+    /// Pauses at the user's wish: no new claims; tracking goes on.
+    ///
+    /// # Errors
+    /// Not allowed now, or paused already.
+    pub fn pause(&self) -> Result<()> {
+        self.check(JobVerb::Pause)?;
+        {
+            let mut state = self.state.lock();
+            if state.user_paused {
+                return Err(Error::not_now("Job is already paused"));
+            }
+            state.user_paused = true;
+        }
+        self.show_pause();
+        Ok(())
+    }
+
+    /// Ends the user's pause and an error's.
+    ///
+    /// # Errors
+    /// Not allowed now, or not paused.
+    pub fn resume(&self) -> Result<()> {
+        self.check(JobVerb::Resume)?;
+        {
+            let mut state = self.state.lock();
+            if !state.user_paused && !state.error_paused {
+                return Err(Error::not_now("Can't resume a job that was not paused"));
+            }
+            state.user_paused = false;
+            state.error_paused = false;
+            state.io_status = IoStatus::Ok;
+            state.retry_at = None;
+            state.failures = 0;
+        }
+        self.show_pause();
+        Ok(())
+    }
+
+    /// Brings status and copiers in line with the pause flags.
+    pub(super) fn show_pause(&self) {
+        let (paused, status) = {
+            let state = self.state.lock();
+            (state.user_paused || state.error_paused, state.status)
+        };
+        self.holding.store(paused, SeqCst);
+        match (paused, status) {
+            (true, JobStatus::Running) => self.transition(JobStatus::Paused),
+            (true, JobStatus::Ready) => self.transition(JobStatus::Standby),
+            (false, JobStatus::Paused) => self.transition(JobStatus::Running),
+            (false, JobStatus::Standby) => self.transition(JobStatus::Ready),
+            _ => (),
+        }
+        self.wake();
+    }
+
+    /// Ends the job without a switch; acted on by the supervisor.
+    ///
+    /// # Errors
+    /// Not allowed now; a soft cancel of a paused job, as QEMU refuses it.
+    pub fn cancel(&self, mode: CancelMode, keep: bool) -> Result<()> {
+        self.check(JobVerb::Cancel)?;
+        {
+            let mut state = self.state.lock();
+            let soft = mode == CancelMode::Soft && state.ready;
+            if mode == CancelMode::Soft && (state.user_paused || state.error_paused) {
+                let text = format!("The block job for device '{}' is currently paused", self.id());
+                return Err(Error::not_now(text));
+            }
+            if soft {
+                state.wish = Wish::Finish;
+            } else if state.verdict.is_none() {
+                state.verdict = Some(Verdict::Cancelled { keep });
+            }
+        }
+        self.wake();
+        Ok(())
+    }
+
+    /// Tells a ready job to cut over; acted on by the supervisor.
+    ///
+    /// # Errors
+    /// Not ready, or told to finish before.
+    pub fn complete(&self) -> Result<()> {
+        self.check(JobVerb::Complete)?;
+        {
+            let mut state = self.state.lock();
+            if state.wish == Wish::Finish {
+                let text = format!("The active block job '{}' cannot be completed", self.id());
+                return Err(Error::not_now(text));
+            }
+            state.wish = Wish::Complete;
+        }
+        self.wake();
+        Ok(())
+    }
+
+    /// Lets a pending job conclude; returns when it has.
+    ///
+    /// # Errors
+    /// Not pending; what ended the job.
+    pub fn finalize(&self) -> Result<()> {
+        self.check(JobVerb::Finalize)?;
+        let mut state = self.state.lock();
+        state.wish = Wish::Finalize;
+        self.changed.notify_all();
+        while !matches!(state.status, JobStatus::Concluded | JobStatus::Null) {
+            self.changed.wait(&mut state);
+        }
+        match &state.epitaph {
+            Some((_, LastMirror { error: Some(error), .. })) => Err(Error::new(ErrorKind::Failed, error.clone())),
+            _ => Ok(()),
+        }
+    }
+
+    /// Forgets a concluded job.
+    ///
+    /// # Errors
+    /// Not concluded.
+    pub fn dismiss(&self) -> Result<()> {
+        self.check(JobVerb::Dismiss)?;
+        self.transition(JobStatus::Null);
+        self.observer.gone(self);
+        Ok(())
+    }
+
+    /// Changes the speed limit, bytes per second, 0 = none.
+    ///
+    /// # Errors
+    /// Not allowed now.
+    pub fn set_speed(&self, bytes_per_second: u64) -> Result<()> {
+        self.check(JobVerb::SetSpeed)?;
+        self.pacer.set_speed(bytes_per_second);
+        Ok(())
+    }
+
+    /// Changes the copy mode, both ways.
+    ///
+    /// # Errors
+    /// Not allowed now.
+    pub fn set_copy_mode(&self, mode: CopyMode) -> Result<()> {
+        self.check(JobVerb::Change)?;
+        self.state.lock().copy_mode = mode;
+        if let Some(live) = self.live() {
+            live.tracking.set_synchronous(mode == CopyMode::WriteBlocking);
+        }
+        self.wake();
+        Ok(())
+    }
+
+    /// Makes whoever waits for the job's state look again.
+    pub(super) fn notify(&self) {
+        // Under the lock, so that nobody is between looking and waiting.
+        let _state = self.state.lock();
+        self.changed.notify_all();
+    }
+
+    /// Makes everyone of the job look at its state again, copiers included.
+    pub(super) fn wake(&self) {
+        self.notify();
+        self.pacer.interrupt();
+        if let Some(live) = self.live() {
+            live.map.wake_all();
+        }
+    }
+
+    /// True if copiers must not take another claim now.
+    pub(super) fn must_yield(&self) -> bool {
+        self.stopping.load(SeqCst) || self.holding.load(SeqCst)
+    }
+
+    /// Waits until copiers may claim. False: the job ends.
+    pub(super) fn wait_to_copy(&self) -> bool {
+        if !self.must_yield() {
+            return true;
+        }
+        let mut state = self.state.lock();
+        loop {
+            if self.stopping.load(SeqCst) {
+                return false;
+            }
+            if !self.holding.load(SeqCst) {
+                return true;
+            }
+            self.changed.wait(&mut state);
+        }
+    }
+
+    /// Waits until the job has ended. False: `deadline` passed before.
+    pub fn wait_ended(&self, deadline: Option<Instant>) -> bool {
+        let mut state = self.state.lock();
+        while !matches!(state.status, JobStatus::Concluded | JobStatus::Null) {
+            if !crate::sync::wait_until(&self.changed, &mut state, deadline) {
+                return matches!(state.status, JobStatus::Concluded | JobStatus::Null);
+            }
+        }
+        true
+    }
+
+    pub(super) fn copied(&self) -> u64 {
+        self.counters.copied.load(Relaxed)
+    }
+}

@@ -1,0 +1,171 @@
+//! How fast the copy may go, and how fast it goes.
+//!
+//! The speed limit charges before a claim is taken (a claim never sleeps) and gives back what turned out to be a hole. Waiting
+//! for it ends at once when the limit changes or the job is told to pause or end.
+
+use std::time::{Duration, Instant};
+
+use crate::sync::{Condvar, Mutex, wait_until};
+
+/// A burst of this length may pass at once after an idle time.
+const BURST: Duration = Duration::from_millis(100);
+
+/// The speed limit of one job.
+#[derive(Debug)]
+pub struct Pacer {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug)]
+struct State {
+    bytes_per_second: u64,
+    /// When everything granted so far is paid off.
+    paid_at: Instant,
+    /// A cutover is draining: no limit.
+    bypassed: bool,
+}
+
+impl Pacer {
+    /// A limit in bytes per second; 0: none.
+    pub fn new(bytes_per_second: u64) -> Self {
+        let state = State { bytes_per_second, paid_at: Instant::now(), bypassed: false };
+        Pacer { state: Mutex::new(state), changed: Condvar::new() }
+    }
+
+    /// The limit in bytes per second; 0: none.
+    pub fn speed(&self) -> u64 {
+        self.state.lock().bytes_per_second
+    }
+
+    /// Changes the limit, for those who wait too. What was granted before is not charged again.
+    pub fn set_speed(&self, bytes_per_second: u64) {
+        let mut state = self.state.lock();
+        state.bytes_per_second = bytes_per_second;
+        state.paid_at = Instant::now();
+        self.changed.notify_all();
+    }
+
+    /// Lifts the limit while a cutover drains.
+    pub fn bypass(&self, on: bool) {
+        self.state.lock().bypassed = on;
+        self.changed.notify_all();
+    }
+
+    /// Makes everyone who waits look at their `stop` again.
+    pub fn interrupt(&self) {
+        // Under the lock, so that nobody is between looking and waiting.
+        let _state = self.state.lock();
+        self.changed.notify_all();
+    }
+
+    /// Waits until `bytes` may be copied and charges them. False: `stop` said so, nothing was charged.
+    pub fn acquire(&self, bytes: u64, stop: impl Fn() -> bool) -> bool {
+        let mut state = self.state.lock();
+        loop {
+            if stop() {
+                return false;
+            }
+            if state.bytes_per_second == 0 || state.bypassed {
+                return true;
+            }
+            let now = Instant::now();
+            if state.paid_at <= now + BURST {
+                let cost = Duration::from_secs_f64(bytes as f64 / state.bytes_per_second as f64);
+                state.paid_at = state.paid_at.max(now) + cost;
+                return true;
+            }
+            let until = state.paid_at - BURST;
+            wait_until(&self.changed, &mut state, Some(until));
+        }
+    }
+
+    /// Gives back what was charged and not copied.
+    pub fn refund(&self, bytes: u64) {
+        let mut state = self.state.lock();
+        if bytes == 0 || state.bytes_per_second == 0 {
+            return;
+        }
+        let cost = Duration::from_secs_f64(bytes as f64 / state.bytes_per_second as f64);
+        state.paid_at = state.paid_at.checked_sub(cost).unwrap_or(state.paid_at);
+        self.changed.notify_all();
+    }
+
+    /// The largest piece to claim at once: a tenth of a second's worth, `most` at most.
+    pub fn piece(&self, most: u64) -> u64 {
+        match self.state.lock().bytes_per_second {
+            0 => most,
+            speed => (speed / 10).clamp(1, most),
+        }
+    }
+}
+
+/// A rate in bytes per second, smoothed over about a second, from a counter that only grows.
+#[derive(Debug)]
+pub struct RateMeter {
+    last: (Instant, u64),
+    bytes_per_second: f64,
+    seeded: bool,
+}
+
+impl RateMeter {
+    /// A meter for a counter that stands at `counter` now.
+    pub fn new(counter: u64) -> Self {
+        RateMeter { last: (Instant::now(), counter), bytes_per_second: 0.0, seeded: false }
+    }
+
+    /// Takes a sample. Samples less than 20 ms apart are left for the next one.
+    pub fn sample(&mut self, counter: u64) {
+        let elapsed = self.last.0.elapsed();
+        if elapsed < Duration::from_millis(20) {
+            return;
+        }
+        let rate = counter.saturating_sub(self.last.1) as f64 / elapsed.as_secs_f64();
+        let weight = if self.seeded { (elapsed.as_secs_f64() / 1.0).min(1.0) } else { 1.0 };
+        self.bytes_per_second += (rate - self.bytes_per_second) * weight;
+        self.seeded = true;
+        self.last = (Instant::now(), counter);
+    }
+
+    /// The rate.
+    pub fn bytes_per_second(&self) -> u64 {
+        self.bytes_per_second as u64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+
+    #[test]
+    fn the_limit_is_kept_over_a_second() {
+        let pacer = Pacer::new(10 << 20);
+        let start = Instant::now();
+        let mut granted = 0u64;
+        while granted < 5 << 20 {
+            assert!(pacer.acquire(256 << 10, || false));
+            granted += 256 << 10;
+        }
+        // 5 MiB at 10 MiB/s, less one burst: never faster, however slow the machine.
+        assert!(start.elapsed() >= Duration::from_millis(350), "{:?}", start.elapsed());
+    }
+
+    #[test]
+    fn holes_are_given_back_and_a_change_or_a_stop_wakes_who_waits() {
+        let pacer = Pacer::new(1);
+        assert!(pacer.acquire(1 << 30, || false));
+        pacer.refund(1 << 30);
+        assert!(pacer.acquire(1 << 30, || false), "the refund paid for it");
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let stopped = scope.spawn(|| pacer.acquire(1, || stop.load(SeqCst)));
+            stop.store(true, SeqCst);
+            pacer.interrupt();
+            assert!(!stopped.join().unwrap());
+            let freed = scope.spawn(|| pacer.acquire(1, || false));
+            pacer.set_speed(0);
+            assert!(freed.join().unwrap());
+        });
+    }
+}

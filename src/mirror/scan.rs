@@ -1,0 +1,42 @@
+//! Which parts of the source the target needs: one walk over the source's extents, after tracking is on (rule 4).
+//!
+//! Data is marked dirty. Holes are passed over when the target was made for this job (it reads as zeroes), and marked when the
+//! target held something before: stale data must go (rule 8). The walk clears nothing, so a guest's mark is never lost to it. It
+//! looks at one extent at a time and can be interrupted between any two.
+
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+
+use super::job::{Job, Live};
+use crate::image::ExtentStatus;
+use crate::range::ByteRange;
+
+/// Walks over the whole source; the copiers start with the first extent that is found.
+pub(super) fn scan(job: &Job, live: &Live) {
+    let disk = ByteRange::new(0, live.map.size_bytes());
+    let mut at = 0;
+    while at < disk.end() {
+        if job.stopping.load(SeqCst) {
+            return;
+        }
+        let extent = live.source.extent_at(at);
+        // An extent that does not move on would be a bug of the image; the rest is then data.
+        let end = if extent.range.end() > at { extent.range.end() } else { disk.end() };
+        let range = ByteRange::from_bounds(at, end).intersect(disk);
+        match extent.status {
+            ExtentStatus::Data => {
+                job.counters.scanned_data.fetch_add(range.len(), Relaxed);
+                live.map.mark(range);
+            }
+            ExtentStatus::Zero | ExtentStatus::Hole if job.created_target => {
+                job.counters.skipped.fetch_add(range.len(), Relaxed);
+            }
+            ExtentStatus::Zero | ExtentStatus::Hole => {
+                live.map.mark(range);
+            }
+        }
+        at = range.end();
+    }
+    job.counters.passes.store(0, Relaxed);
+    job.state.lock().scanned = true;
+    job.wake();
+}

@@ -1,0 +1,123 @@
+//! The start of a job: tracking on, under the barrier, before anything looks at the source (rule 4).
+
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use super::cutover::Cutovers;
+use super::events::EventHub;
+use super::job::{Counters, Job, JobObserver, Live, State, Wish};
+use super::pace::{Pacer, RateMeter};
+use super::supervise;
+use super::types::{CopyMode, IoStatus, JobEvent, JobStatus, MirrorOptions};
+use crate::dirty::DirtyMap;
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::{Format, Image};
+use crate::range::Granularity;
+use crate::sync::{Arc, Condvar, Mutex};
+use crate::volume::Volume;
+use crate::volume::target::Target;
+use crate::volume::tracking::Tracking;
+
+/// How long a guest's write waits for the target at most.
+pub const MAX_GUEST_DELAY: Duration = Duration::from_secs(2);
+
+/// What a job needs besides its options.
+pub struct Setting {
+    /// The volume to mirror.
+    pub volume: Arc<Volume>,
+    /// The opened, locked target; at least as large as the disk.
+    pub target: Arc<dyn Image>,
+    /// It was made for this job and is all holes.
+    pub created_target: bool,
+    /// Hears the job's events.
+    pub events: Arc<EventHub>,
+    /// Carries out its cutover.
+    pub cutovers: Arc<Cutovers>,
+    /// Hears of its end.
+    pub observer: Arc<dyn JobObserver>,
+}
+
+/// The granularity that a mirror to `target` gets when none is asked for: the cluster of a format that has clusters, within
+/// 4 KiB to 64 KiB, else 64 KiB (QEMU's rule).
+pub fn default_granularity(target: &dyn Image) -> Granularity {
+    let cluster = if target.format() == Format::Raw { None } else { target.properties().cluster_bytes };
+    cluster.and_then(|bytes| Granularity::new(bytes.clamp(4 << 10, 64 << 10))).unwrap_or(Granularity::DEFAULT)
+}
+
+/// Starts a job; returns once tracking is on. Emits `created` and `running`.
+///
+/// # Errors
+/// The target is smaller than the disk; the volume is mirrored already; no thread can be started.
+pub fn start(options: MirrorOptions, setting: Setting) -> Result<Arc<Job>> {
+    let Setting { volume, target, created_target, events, cutovers, observer } = setting;
+    let size_bytes = volume.size_bytes();
+    if target.size_bytes() < size_bytes {
+        let text = format!("the target is too small: {} bytes where the disk has {size_bytes}:", target.size_bytes());
+        return Err(Error::new(ErrorKind::Failed, text).on(target.name()));
+    }
+    let granularity = options.granularity.unwrap_or_else(|| default_granularity(&*target));
+    let map = DirtyMap::new(size_bytes, granularity);
+    let target = Arc::new(Target::new(target, size_bytes));
+    let synchronous = options.copy_mode == CopyMode::WriteBlocking;
+    let state = State {
+        status: JobStatus::Created,
+        user_paused: false,
+        error_paused: false,
+        io_status: IoStatus::Ok,
+        copy_mode: options.copy_mode,
+        scanned: false,
+        ready: false,
+        wish: Wish::None,
+        verdict: None,
+        last_error: None,
+        failures: 0,
+        retry_at: None,
+        error_event_at: None,
+        stalled_at: None,
+        drain: RateMeter::new(0),
+        dirtying: RateMeter::new(0),
+        threads: 0,
+        epitaph: None,
+    };
+    let job = Arc::new(Job {
+        volume: volume.clone(),
+        events,
+        cutovers,
+        observer,
+        created_target,
+        pacer: Pacer::new(options.speed_bytes_per_second),
+        counters: Counters::default(),
+        state: Mutex::new(state),
+        changed: Condvar::new(),
+        live: Mutex::new(None),
+        stopping: AtomicBool::new(false),
+        holding: AtomicBool::new(false),
+        supervisor_idle: AtomicBool::new(false),
+        options,
+    });
+    let tracking = Tracking::new(map.clone(), target.clone(), job.clone(), MAX_GUEST_DELAY);
+    tracking.set_synchronous(synchronous);
+    let raised = volume
+        .raise_barrier(None)
+        .ok_or_else(|| Error::not_now("guest requests under way do not end:").on(volume.name()))?;
+    if volume.tracking().is_some() {
+        return Err(Error::new(ErrorKind::Exists, "the disk is being mirrored already:").on(volume.name()));
+    }
+    volume.set_tracking(&raised, Some(tracking.clone()));
+    drop(raised);
+    let live = Live { source: volume.active(), target, tracking, map };
+    *job.live.lock() = Some(live.clone());
+    job.events.emit(&JobEvent::StatusChange { job_id: job.id().to_owned(), status: JobStatus::Created });
+    let supervised = job.clone();
+    job.transition(JobStatus::Running);
+    let spawned = std::thread::Builder::new().name("mirror".into()).spawn(move || supervise::run(&supervised, live));
+    if let Err(error) = spawned {
+        let error = Error::io("cannot start a thread for the mirror", &error);
+        if let Some(raised) = volume.raise_barrier(None) {
+            volume.set_tracking(&raised, None);
+        }
+        *job.live.lock() = None;
+        return Err(error);
+    }
+    Ok(job)
+}

@@ -207,7 +207,12 @@ impl Cutovers {
                 announce(participants, Ending::Switch, pause_ms);
                 return Ok(pause_ms);
             }
-            return Err(Error::new(ErrorKind::Failed, format!("the cutover failed and was taken back: {error}")));
+            let error = Error::new(ErrorKind::Failed, format!("the cutover failed and was taken back: {error}"));
+            for one in participants {
+                one.job.state.lock().verdict = Some(Verdict::Failed(error.clone()));
+                one.job.wake();
+            }
+            return Err(error);
         }
     }
 }

@@ -20,3 +20,6 @@ mod supervise;
 pub mod types;
 
 pub use start::{MAX_GUEST_DELAY, Setting, default_granularity, start};
+
+#[cfg(test)]
+mod tests;

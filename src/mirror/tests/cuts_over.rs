@@ -1,0 +1,193 @@
+//! The cutover loses nothing, is one instant for a group, and is never half done.
+
+use super::super::types::{CopyMode, MirrorOptions, MirrorResult};
+use super::*;
+use crate::image::faulty::{Effect, Fault, FaultyImage, Operation};
+
+fn cut_over_under_load(mode: CopyMode) {
+    let world = World::new();
+    let source = disk(32);
+    for block in 0..2048u64 {
+        source.write_at(block * BLOCK as u64, &block_bytes(block, 1 << 40)).unwrap();
+    }
+    let volume = volume("disk", source.clone());
+    let guests: Vec<_> = (0..3).map(|n| (n * 2048, Guest::start(&volume, n * 2048, 2048))).collect();
+    let target = MemoryImage::new("target", 32 << 20);
+    let options = MirrorOptions { copy_mode: mode, ..MirrorOptions::new("j", "target") };
+    let job = world.mirror(&volume, target.clone(), options);
+    world.cut_over(&[job.clone()]);
+    // The guests go on, on the target; the source is left alone.
+    let frozen = read_all(&*source);
+    let seen: Vec<u64> = guests.iter().map(|(_, guest)| guest.writes.load(SeqCst)).collect();
+    for ((_, guest), seen) in guests.iter().zip(seen) {
+        wait_for("the guest writes on after the cutover", || guest.writes.load(SeqCst) > seen + 100);
+    }
+    for (first, guest) in guests {
+        assert_holds(&*target, first, &guest.stop());
+    }
+    assert!(job.wait_ended(None));
+    assert_eq!(job.outcome().unwrap().result, MirrorResult::Completed);
+    assert_eq!(volume.active().name(), "target");
+    assert!(frozen == read_all(&*source), "a write went to the old source after the cutover");
+    assert_eq!(*world.committer.committed.lock(), ["target"]);
+    assert_eq!(*world.committer.superseded.lock(), ["source"]);
+}
+
+#[test]
+fn nothing_is_lost_in_background_mode() {
+    cut_over_under_load(CopyMode::Background);
+}
+
+#[test]
+fn nothing_is_lost_in_write_blocking_mode() {
+    cut_over_under_load(CopyMode::WriteBlocking);
+}
+
+#[test]
+fn nothing_is_lost_in_auto_mode() {
+    cut_over_under_load(CopyMode::Auto);
+}
+
+#[test]
+fn a_write_between_the_start_and_the_first_look_is_copied() {
+    // Rule 4: the scan sees a hole; the write that made it data came after tracking was on.
+    let world = World::new();
+    let gate = crate::image::faulty::Gate::new();
+    let source = FaultyImage::new(disk(4));
+    source.add(Fault::new(Operation::Extent, Effect::After(gate.clone())).times(1));
+    let volume = volume("disk", source.clone());
+    let target = MemoryImage::new("target", 4 << 20);
+    let job = world.mirror(&volume, target.clone(), MirrorOptions::new("j", "target"));
+    gate.wait_for_arrivals(1);
+    volume.write(0, &block_bytes(0, 7), false).unwrap();
+    gate.open();
+    wait_for("ready", || job.status() == JobStatus::Ready);
+    assert!(read_all(&*target)[..BLOCK] == block_bytes(0, 7));
+}
+
+#[test]
+fn a_write_that_races_with_the_copy_of_its_granule_is_copied_again() {
+    // The copier has read the old bytes and waits before it writes them.
+    let world = World::new();
+    let source = disk(1);
+    source.write_at(0, &block_bytes(0, 1)).unwrap();
+    let volume = volume("disk", source);
+    let gate = crate::image::faulty::Gate::new();
+    let target = FaultyImage::new(MemoryImage::new("target", 1 << 20));
+    target.add(Fault::new(Operation::Write, Effect::Before(gate.clone())).times(1));
+    let job = world.mirror(&volume, target.clone(), MirrorOptions::new("j", "target"));
+    gate.wait_for_arrivals(1);
+    volume.write(0, &block_bytes(0, 2), false).unwrap();
+    gate.open();
+    wait_for("ready", || job.status() == JobStatus::Ready);
+    assert!(read_all(&*target)[..BLOCK] == block_bytes(0, 2));
+}
+
+#[test]
+fn a_failed_guest_write_is_marked_too() {
+    let world = World::new();
+    let source = FaultyImage::new(disk(1));
+    let volume = volume("disk", source.clone());
+    let target = MemoryImage::new("target", 1 << 20);
+    let job = world.mirror(&volume, target.clone(), MirrorOptions::new("j", "target"));
+    wait_for("ready", || job.status() == JobStatus::Ready);
+    source.add(Fault::new(Operation::Write, Effect::FailAfter { bytes: 512, errno: libc::EIO }).times(1));
+    volume.write(0, &block_bytes(0, 1), false).unwrap_err();
+    wait_for("in sync", || job.info().in_sync);
+    assert!(read_all(&*target)[..512] == block_bytes(0, 1)[..512]);
+}
+
+#[test]
+fn a_group_is_one_instant() {
+    let world = World::new();
+    let (one, two) = (volume("one", disk(4)), volume("two", disk(4)));
+    let (target_one, target_two) = (MemoryImage::new("t1", 4 << 20), MemoryImage::new("t2", 4 << 20));
+    let stop = Arc::new(AtomicBool::new(false));
+    // Disk 1, then disk 2, each acknowledged before the next: at any instant 1 is at 2's number or one ahead.
+    let writer = {
+        let (one, two, stop) = (one.clone(), two.clone(), stop.clone());
+        std::thread::spawn(move || {
+            let mut number = 0u64;
+            while !stop.load(SeqCst) {
+                number += 1;
+                one.write(0, &block_bytes(0, number), false).unwrap();
+                two.write(0, &block_bytes(0, number), false).unwrap();
+            }
+        })
+    };
+    let jobs = [
+        world.mirror(&one, target_one.clone(), MirrorOptions::new("one", "t1")),
+        world.mirror(&two, target_two.clone(), MirrorOptions::new("two", "t2")),
+    ];
+    // A copy of both, and what the pair holds at that instant.
+    world.end(&jobs, Ending::Copy);
+    let number = |image: &MemoryImage| u64::from_le_bytes(read_all(image)[8..16].try_into().unwrap());
+    let (first, second) = (number(&target_one), number(&target_two));
+    assert!(first == second || first == second + 1, "disk 1 at {first}, disk 2 at {second}");
+    stop.store(true, SeqCst);
+    writer.join().unwrap();
+}
+
+#[test]
+fn an_abandoned_cutover_leaves_everything_as_it_was() {
+    let world = World::new();
+    let source = disk(4);
+    let volume = volume("disk", source.clone());
+    let target = FaultyImage::new(MemoryImage::new("target", 4 << 20));
+    let job = world.mirror(&volume, target.clone(), MirrorOptions::new("j", "target"));
+    wait_for("ready", || job.status() == JobStatus::Ready);
+    // The flush under the barrier (the second one of an attempt) never comes back in time.
+    let gate = crate::image::faulty::Gate::new();
+    target.add(Fault::new(Operation::Flush, Effect::Before(gate.clone())).after(1).times(1));
+    let short = Duration::from_millis(20);
+    let error = world.cutovers.attempt(&[job.clone()], Ending::Switch, short, short).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotNow, "{error}");
+    assert_eq!(volume.active().name(), "source");
+    assert!(world.committer.committed.lock().is_empty());
+    volume.write(0, &block_bytes(0, 9), false).unwrap();
+    gate.open();
+    world.cut_over(&[job]);
+    assert!(read_all(&*target)[..BLOCK] == block_bytes(0, 9));
+}
+
+fn undecided(fail_target: bool) -> (World, Arc<Volume>, Arc<MemoryImage>, Arc<FaultyImage>) {
+    let world = World::new();
+    let source = disk(4);
+    let volume = volume("disk", source.clone());
+    let target = FaultyImage::new(MemoryImage::new("target", 4 << 20));
+    let job = world.mirror(&volume, target.clone(), MirrorOptions::new("j", "target"));
+    wait_for("ready", || job.status() == JobStatus::Ready);
+    world.committer.undecided.store(2, SeqCst);
+    let attempt = {
+        let (cutovers, job) = (world.cutovers.clone(), job.clone());
+        let long = Duration::from_secs(5);
+        std::thread::spawn(move || cutovers.attempt(&[job], Ending::Switch, long, long))
+    };
+    wait_for("undecided", || volume.tracking().is_none());
+    if fail_target {
+        target.add(Fault::new(Operation::Write, Effect::Fail(libc::EIO)).times(1));
+    }
+    volume.write(0, &block_bytes(0, 5), false).unwrap();
+    let result = attempt.join().unwrap();
+    assert_eq!(result.is_err(), fail_target, "{result:?}");
+    job.wait_ended(None);
+    (world, volume, source, target)
+}
+
+#[test]
+fn an_undecided_cutover_writes_both_images_until_a_record_is_durable() {
+    let (world, volume, source, target) = undecided(false);
+    assert_eq!(volume.active().name(), "target");
+    assert!(read_all(&*source)[..BLOCK] == block_bytes(0, 5));
+    assert!(read_all(&*target)[..BLOCK] == block_bytes(0, 5));
+    assert_eq!(*world.committer.superseded.lock(), ["source"]);
+}
+
+#[test]
+fn an_undecided_cutover_whose_target_fails_is_taken_back() {
+    let (world, volume, source, _target) = undecided(true);
+    assert_eq!(volume.active().name(), "source");
+    assert!(read_all(&*source)[..BLOCK] == block_bytes(0, 5));
+    assert!(world.committer.taken_back.load(SeqCst));
+    assert!(world.committer.superseded.lock().is_empty());
+}

@@ -1,1 +1,21 @@
 //! What survives a restart.
+//!
+//! - [`record`] and [`store`]: which images the disks of a mount live on, replaced as a whole (rule 15);
+//! - [`marks`]: what is written on the images themselves (rule 10);
+//! - [`runtime`]: how the command line finds a running mount;
+//! - [`paths`]: where all of it lies;
+//! - `envelope` and `files`: the format, and the replacing.
+mod envelope;
+mod files;
+pub mod marks;
+pub mod paths;
+pub mod record;
+pub mod runtime;
+pub mod store;
+#[cfg(test)]
+mod tests;
+
+pub use marks::{Mark, Marks};
+pub use record::{FormerImage, MountState, ShownAttributes, VolumeState, random_id};
+pub use runtime::{RuntimeRecord, RuntimeVolume};
+pub use store::{CommitError, Prepared, Store};

@@ -1,0 +1,111 @@
+//! What is known of a mount when its server starts again: one record for the whole mount, so that one replacement of one file
+//! is the commit point of a cutover, of a group too (rule 15).
+
+use std::io::Read;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::image::{Format, Identity};
+use crate::mirror::types::LastMirror;
+
+/// The mount.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MountState {
+    /// Absolute.
+    pub mountpoint: PathBuf,
+    /// How often a server of this mount was restarted since it was mounted.
+    pub restarts: u64,
+    /// How the last server that died ended.
+    pub last_exit: Option<String>,
+    /// Its disks, in mount order.
+    pub volumes: Vec<VolumeState>,
+}
+
+/// One disk.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct VolumeState {
+    /// Random, see [`random_id`]. Stays the same from image to image.
+    pub id: String,
+    /// Its name in the mount.
+    pub name: String,
+    /// What was mounted, absolute; never changes.
+    pub source: PathBuf,
+    /// The format of the active image.
+    pub format: Format,
+    /// Absolute path or URI of the image that serves the guest.
+    pub active: String,
+    /// Which image that is.
+    pub active_identity: Identity,
+    /// Raised at each cutover, and at each start, resume and clean stop of a mirror (rules 10 and 11).
+    pub generation: u64,
+    /// The images that it has left, oldest first.
+    pub superseded: Vec<FormerImage>,
+    /// What the guest's chmod and chown made of the shown attributes; `None`: those of the image.
+    pub shown: Option<ShownAttributes>,
+    /// How the last mirror ended.
+    pub last_mirror: Option<LastMirror>,
+}
+
+/// An image that a volume has left.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FormerImage {
+    /// Absolute path or URI.
+    pub path: String,
+    /// Which image it was.
+    pub identity: Identity,
+    /// The volume's generation when it was left.
+    pub generation: u64,
+}
+
+/// Mode and owner that a mounted disk shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShownAttributes {
+    /// Permission bits (`0o7777` at most).
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+}
+
+impl MountState {
+    /// The volume called `name`.
+    pub fn volume(&self, name: &str) -> Option<&VolumeState> {
+        self.volumes.iter().find(|volume| volume.name == name)
+    }
+
+    /// The volume called `name`, to be changed.
+    pub fn volume_mut(&mut self, name: &str) -> Option<&mut VolumeState> {
+        self.volumes.iter_mut().find(|volume| volume.name == name)
+    }
+}
+
+impl VolumeState {
+    /// What a cutover writes down: `active` is the image from now on, the one before is superseded, the generation is raised.
+    pub fn cut_over(&mut self, active: String, identity: Identity, format: Format) {
+        let path = std::mem::replace(&mut self.active, active);
+        let former = FormerImage {
+            path,
+            identity: std::mem::replace(&mut self.active_identity, identity),
+            generation: self.generation,
+        };
+        self.format = format;
+        self.generation += 1;
+        // An image that becomes active again is no longer a former one.
+        self.superseded.retain(|other| other.path != self.active && other.path != former.path);
+        self.superseded.push(former);
+    }
+}
+
+/// 128 random bits as 32 hex digits.
+///
+/// # Errors
+/// The system has no `/dev/urandom`.
+pub fn random_id() -> Result<String> {
+    let mut bytes = [0; 16];
+    let read = std::fs::File::open("/dev/urandom").and_then(|mut random| random.read_exact(&mut bytes));
+    read.map_err(|error| Error::io("cannot read", &error).on("/dev/urandom"))?;
+    Ok(format!("{:032x}", u128::from_ne_bytes(bytes)))
+}

@@ -1,0 +1,130 @@
+//! The state directory of one mount, and the one record in it.
+//!
+//! ```text
+//! change:   save    = prepare + commit
+//! cutover:  prepare -> barrier, drain, flush -> commit (one rename: from here on the new images are the disks)
+//! ```
+//!
+//! Whoever changes the state does so one change at a time: a prepared record contains the whole mount. A record that was
+//! prepared before another one was committed is refused, so that no change is lost by mistake.
+
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::sync::{Arc, Mutex};
+
+use super::envelope::Kind;
+use super::files::{Directory, Staged};
+use super::record::MountState;
+
+pub use super::files::CommitError;
+
+/// The name of the record in the state directory.
+pub const FILE_NAME: &str = "mount.state";
+const KIND: Kind = Kind { name: "mount-state", version: 1 };
+
+/// The state of one mount on disk.
+#[derive(Clone)]
+pub struct Store {
+    directory: Arc<Directory>,
+    /// How many commits there were, or may have been.
+    commits: Arc<Mutex<u64>>,
+}
+
+impl Store {
+    /// Opens the state directory; makes it, with mode 0700, and what is missing above it.
+    ///
+    /// # Errors
+    /// It cannot be made, belongs to somebody else, or others may write to it.
+    pub fn open(directory: &Path) -> Result<Store> {
+        Ok(Store { directory: Directory::create(directory)?, commits: Arc::new(Mutex::new(0)) })
+    }
+
+    /// Opens the state directory of user `owner` to look at it. `None` if there is none; changes nothing.
+    ///
+    /// # Errors
+    /// As [`Store::open`].
+    pub fn open_existing(directory: &Path, owner: u32) -> Result<Option<Store>> {
+        let directory = Directory::open(directory, owner)?;
+        Ok(directory.map(|directory| Store { directory, commits: Arc::new(Mutex::new(0)) }))
+    }
+
+    /// The path of the record.
+    pub fn path(&self) -> PathBuf {
+        self.directory.path_of(FILE_NAME)
+    }
+
+    /// The record; `None` if there is none yet.
+    ///
+    /// # Errors
+    /// It cannot be read; [`ErrorKind::Corrupt`] if it is damaged or of an unknown version.
+    pub fn load(&self) -> Result<Option<MountState>> {
+        let Some(bytes) = self.directory.read(FILE_NAME)? else { return Ok(None) };
+        KIND.decode(&bytes, &self.path()).map(Some)
+    }
+
+    /// Replaces the record, durably.
+    ///
+    /// # Errors
+    /// As [`Store::prepare`] and [`Prepared::commit`].
+    pub fn save(&self, state: &MountState) -> Result<(), CommitError> {
+        self.prepare(state).map_err(CommitError::NotCommitted)?.commit()
+    }
+
+    /// Writes a new record aside, durably. The old one stays in place.
+    ///
+    /// # Errors
+    /// It cannot be written; then nothing is left of it.
+    pub fn prepare(&self, state: &MountState) -> Result<Prepared> {
+        let commits_before = *self.commits.lock();
+        let staged = self.directory.stage(FILE_NAME, &KIND.encode(state)?)?;
+        Ok(Prepared { staged, commits: Arc::clone(&self.commits), commits_before })
+    }
+
+    /// Forgets the mount: removes the record, durably. Nothing to do if there is none.
+    ///
+    /// # Errors
+    /// It cannot be removed.
+    pub fn remove(&self) -> Result<()> {
+        let mut commits = self.commits.lock();
+        *commits += 1;
+        self.directory.remove(FILE_NAME)
+    }
+
+    /// Removes what a server that was killed while it wrote a record left behind. Only for the mount's own server, at its
+    /// start: there is no other writer then.
+    pub fn remove_leftovers(&self) {
+        self.directory.remove_leftovers(FILE_NAME);
+    }
+
+    /// Where tests make it fail.
+    #[cfg(test)]
+    pub(crate) fn faults(&self) -> &super::files::Faults {
+        &self.directory.faults
+    }
+}
+
+/// A record that was written aside. Dropping it removes it.
+#[must_use = "it is not in place before it is committed"]
+pub struct Prepared {
+    staged: Staged,
+    commits: Arc<Mutex<u64>>,
+    commits_before: u64,
+}
+
+impl Prepared {
+    /// Puts the record in place: one rename, and an fsync of the directory.
+    ///
+    /// # Errors
+    /// [`CommitError::NotCommitted`] if another record was committed since this one was prepared: prepare again.
+    /// [`CommitError::Undecided`] if the rename or the fsync failed: only a later commit that succeeds decides.
+    pub fn commit(self) -> Result<(), CommitError> {
+        let mut commits = self.commits.lock();
+        if *commits != self.commits_before {
+            let what = "the mount's state was changed by something else meanwhile";
+            return Err(CommitError::NotCommitted(Error::new(ErrorKind::NotNow, what)));
+        }
+        *commits += 1;
+        self.staged.commit()
+    }
+}

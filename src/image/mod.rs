@@ -10,12 +10,17 @@
 //!   against every other write, and never extends the image's tail;
 //! - bytes written outside a request's range never change.
 
+pub mod aligned;
+mod block_device;
 pub mod faulty;
 mod file_io;
+mod lock;
 pub mod memory;
 mod open;
 mod probe;
 mod raw;
+mod stripes;
+mod users;
 mod zeroing;
 
 pub use self::open::{OpenOptions, Role, create, open, sync_parent_directory};
@@ -278,3 +283,6 @@ pub fn check_bounds(image: &dyn Image, what: &str, range: ByteRange) -> Result<(
     }
     Err(Error::new(ErrorKind::Usage, format!("cannot {what} past the end of")).on(image.name()).at(range))
 }
+
+#[cfg(test)]
+mod tests;

@@ -9,15 +9,28 @@
 //! | I/O | reads and writes; never parked, so that it ends with the server and with the last request of it (rule 14) |
 
 use std::fs::File;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use super::file_io::FileIo;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+
+use super::block_device::BlockDevice;
+use super::file_io::{Direct, FileIo};
+use super::lock::{self, Fence};
 use super::raw::RawImage;
-use super::{Attributes, CacheMode, Format, Image, probe};
+use super::{Attributes, CacheMode, DescriptorRole, Format, Image, probe, users};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::Arc;
+use crate::sys::files;
+
+/// Block and memory alignment of direct I/O where the file system does not tell: fits all that are in use.
+const DIRECT_BLOCK_BYTES: u64 = 4096;
+
+/// How long a new server waits for the last request of the one before it.
+const FENCE_PATIENCE: Duration = Duration::from_secs(10);
 
 /// What an image is opened for: decides which locks are taken.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -66,31 +79,108 @@ pub(super) struct Opened {
 pub fn open(path: &Path, options: &OpenOptions) -> Result<Arc<dyn Image>> {
     let path = std::path::absolute(path).map_err(|error| Error::io("cannot open", &error).on(display(path)))?;
     let name = display(&path);
-    let failed = |error: std::io::Error| Error::io("cannot open", &error).on(&*name);
+    let failed = |error: io::Error| Error::io("cannot open", &error).on(&*name);
     let path_only = match &options.descriptor {
         Some(parked) => open_path_only(&reopened(parked)),
         None => open_path_only(&path),
     };
     let path_only = path_only.map_err(failed)?;
-    let kind = path_only.metadata().map_err(failed)?.file_type();
-    if kind.is_dir() {
+    let meta = path_only.metadata().map_err(failed)?;
+    let device = meta.file_type().is_block_device();
+    if meta.is_dir() {
         return Err(Error::usage("an image is a file or a block device, not a directory:").on(name));
     }
-    if !kind.is_file() && !kind.is_block_device() {
+    if !meta.is_file() && !device {
         return Err(Error::usage("an image is a regular file or a block device, which this is not:").on(name));
     }
     let locked = match &options.descriptor {
-        Some(parked) => File::from(parked.try_clone().map_err(failed)?),
-        None => reopen(&path_only, options.writable, 0).map_err(failed)?,
+        Some(parked) => {
+            check_access(File::from(parked.try_clone().map_err(failed)?), options.writable).map_err(failed)?
+        }
+        None => {
+            // O_EXCL without O_CREAT: nobody else may hold the device that way, a mounted file system or an LVM for instance.
+            let exclusive = if device && options.role != Role::Observer { libc::O_EXCL } else { 0 };
+            reopen(&path_only, options.writable, exclusive).map_err(|error| match error.raw_os_error() {
+                Some(libc::EBUSY) if device => users::busy(&name, meta.rdev()),
+                _ => failed(error),
+            })?
+        }
     };
-    let opened = Opened { path, path_only, locked, writable: options.writable };
-    probe::decide(&opened.path, &opened.locked, options.format)?;
-    if options.cache == CacheMode::None {
-        return Err(Error::new(ErrorKind::Unsupported, "cache=none is not supported yet for").on(name));
+    if options.role != Role::Observer {
+        lock::take_image_locks(&locked, &name, options.writable)?;
     }
-    let io = reopen(&opened.path_only, options.writable, 0).map_err(failed)?;
-    let size_bytes = io.metadata().map_err(failed)?.size();
-    Ok(Arc::new(RawImage::new(FileIo::new(name.clone(), io, size_bytes), opened)?))
+    probe::decide(&path, &locked, options.format)?;
+    let opened = Opened { path, path_only, locked, writable: options.writable };
+    if device {
+        let block = files::logical_block_size(&opened.locked).map_err(failed)?.into();
+        let size = files::block_device_size(&opened.locked).map_err(failed)?;
+        let io = opened.io(name, size, Some(block), options)?;
+        return Ok(Arc::new(BlockDevice::new(io, opened, block)));
+    }
+    let io = opened.io(name, meta.size(), None, options)?;
+    Ok(Arc::new(RawImage::new(io, opened)?))
+}
+
+impl Opened {
+    /// What to park with the keeper.
+    pub(super) fn descriptors(&self) -> Vec<(DescriptorRole, BorrowedFd<'_>)> {
+        vec![(DescriptorRole::Locked, self.locked.as_fd()), (DescriptorRole::Path, self.path_only.as_fd())]
+    }
+
+    /// Opens the descriptors that read and write, fenced if they can write. `device_block`: the logical block of a device.
+    fn io(&self, name: String, size_bytes: u64, device_block: Option<u64>, options: &OpenOptions) -> Result<FileIo> {
+        let failed = |error: io::Error| Error::io("cannot open", &error).on(&*name);
+        // An earlier server was reaped before its descriptor came here; requests that outlive their process take a moment.
+        let patience = if options.descriptor.is_some() { FENCE_PATIENCE } else { Duration::ZERO };
+        let fenced = |file: &File, fence: Fence| {
+            let needed = self.writable && options.role != Role::Observer;
+            if needed { lock::take_fence(file, &name, fence, patience) } else { Ok(()) }
+        };
+        if options.cache == CacheMode::Writeback {
+            let file = reopen(&self.path_only, self.writable, 0).map_err(failed)?;
+            fenced(&file, Fence::Io)?;
+            return Ok(FileIo::new(name, file, size_bytes, self.writable, None));
+        }
+        let refused = |why: &str| {
+            let what = format!("cache=none needs direct I/O, which {why}: cannot open");
+            Error::new(ErrorKind::Unsupported, what).on(&*name).advise("use -o cache=writeback")
+        };
+        let file = match reopen(&self.path_only, self.writable, libc::O_DIRECT) {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                return Err(refused("the file system does not offer"));
+            }
+            opened => opened.map_err(failed)?,
+        };
+        let (block, memory) = match device_block {
+            Some(block) => (block, block),
+            None => match files::direct_alignment(&file).map_err(failed)? {
+                Some(told) if told.offset == 0 || told.memory == 0 => {
+                    return Err(refused("the file system does not offer for this file"));
+                }
+                Some(told) => (told.offset.into(), told.memory.into()),
+                None => (DIRECT_BLOCK_BYTES, DIRECT_BLOCK_BYTES),
+            },
+        };
+        // Only a file can end within a block.
+        let tail =
+            device_block.is_none().then(|| reopen(&self.path_only, self.writable, 0)).transpose().map_err(failed)?;
+        fenced(&file, Fence::Io)?;
+        if let Some(tail) = &tail {
+            fenced(tail, Fence::Tail)?;
+        }
+        let direct =
+            Direct::new(block, memory, tail).ok_or_else(|| refused("needs larger blocks here than are supported"))?;
+        Ok(FileIo::new(name, file, size_bytes, self.writable, Some(direct)))
+    }
+}
+
+/// A parked descriptor, if it was opened for what is wanted now.
+fn check_access(parked: File, writable: bool) -> io::Result<File> {
+    let flags = OFlag::from_bits_retain(fcntl(&parked, FcntlArg::F_GETFL)?);
+    if writable && flags & OFlag::O_ACCMODE != OFlag::O_RDWR {
+        return Err(io::Error::from_raw_os_error(libc::EBADF));
+    }
+    Ok(parked)
 }
 
 /// Creates a raw image of `size_bytes`, all of it a hole, and opens it. Mode and owner are those of `like`, where
@@ -110,7 +200,7 @@ pub fn create(
     {
         return Err(Error::new(ErrorKind::Unsupported, "qcow2 is not supported yet: cannot create").on(name));
     }
-    let failed = |error: std::io::Error| Error::io("cannot create", &error).on(&*name);
+    let failed = |error: io::Error| Error::io("cannot create", &error).on(&*name);
     let mut new = std::fs::OpenOptions::new();
     let file = new.read(true).write(true).create_new(true).mode(0o600).open(path).map_err(failed)?;
     let finish = || {
@@ -130,7 +220,7 @@ pub fn create(
 }
 
 /// Gives `file` the owner and mode of `like`. An owner that may not be given away stays.
-fn adopt(file: &File, like: &Attributes) -> std::io::Result<()> {
+fn adopt(file: &File, like: &Attributes) -> io::Result<()> {
     for (uid, gid) in [(None, Some(like.gid)), (Some(like.uid), None)] {
         match std::os::unix::fs::fchown(file, uid, gid) {
             Err(error) if !matches!(error.raw_os_error(), Some(libc::EPERM | libc::EINVAL | libc::EOPNOTSUPP)) => {
@@ -170,11 +260,11 @@ fn reopened(descriptor: &impl AsRawFd) -> PathBuf {
 }
 
 /// Opens a name without opening what it names: no device is touched, no fifo is waited for.
-fn open_path_only(path: &Path) -> std::io::Result<File> {
+fn open_path_only(path: &Path) -> io::Result<File> {
     std::fs::OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path)
 }
 
 /// A new open file description of the file behind `descriptor`.
-pub(super) fn reopen(descriptor: &impl AsRawFd, writable: bool, flags: i32) -> std::io::Result<File> {
+pub(super) fn reopen(descriptor: &impl AsRawFd, writable: bool, flags: i32) -> io::Result<File> {
     std::fs::OpenOptions::new().read(true).write(writable).custom_flags(flags).open(reopened(descriptor))
 }

@@ -134,7 +134,7 @@ impl Image for RawImage {
 
     fn properties(&self) -> Properties {
         Properties {
-            request_alignment: 1,
+            request_alignment: self.io.request_alignment(),
             cluster_bytes: Some(self.cluster_bytes),
             thin_zeroing: self.punch.is_likely(),
             writable: self.opened.writable,
@@ -151,7 +151,7 @@ impl Image for RawImage {
     }
 
     fn write_zeroes(&self, range: ByteRange) -> Result<()> {
-        match self.io.change("write zeroes", range, || Ok(self.try_zero(range)))? {
+        match self.io.change("write zeroes", range, || self.try_zero(range))? {
             Tried::Done => Ok(()),
             Tried::Failed(error) => Err(self.io.failed("write zeroes to", range, &error)),
             Tried::Refused => self.io.write_zero_bytes(range),
@@ -159,7 +159,7 @@ impl Image for RawImage {
     }
 
     fn discard(&self, range: ByteRange) -> Result<()> {
-        match self.io.change("discard", range, || Ok(self.try_punch(range)))? {
+        match self.io.change("discard", range, || self.try_punch(range))? {
             Tried::Done => Ok(()),
             Tried::Failed(error) => Err(self.io.failed("discard", range, &error)),
             Tried::Refused => Err(Error::new(ErrorKind::Unsupported, "the file system cannot punch holes into")
@@ -169,7 +169,7 @@ impl Image for RawImage {
     }
 
     fn allocate(&self, range: ByteRange) -> Result<()> {
-        match self.io.change("allocate", range, || Ok(self.try_allocate(range)))? {
+        match self.io.change("allocate", range, || self.try_allocate(range))? {
             Tried::Done => Ok(()),
             Tried::Failed(error) => Err(self.io.failed("allocate room in", range, &error)),
             Tried::Refused => {
@@ -226,10 +226,7 @@ impl Image for RawImage {
     }
 
     fn descriptors(&self) -> Vec<(DescriptorRole, BorrowedFd<'_>)> {
-        vec![
-            (DescriptorRole::Locked, self.opened.locked.as_fd()),
-            (DescriptorRole::Path, self.opened.path_only.as_fd()),
-        ]
+        self.opened.descriptors()
     }
 
     fn path(&self) -> Option<PathBuf> {

@@ -4,6 +4,8 @@ use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 
+use crate::range::ByteRange;
+
 /// Reads the extended attribute `name`. `None` if there is none, or none can be there.
 ///
 /// # Errors
@@ -24,4 +26,71 @@ pub fn extended_attribute(file: impl AsFd, name: &CStr) -> io::Result<Option<Vec
             error => Err(error),
         },
     }
+}
+
+/// What a file asks of direct I/O, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DirectAlignment {
+    /// Of the memory's address. 0: no direct I/O on this file.
+    pub memory: u32,
+    /// Of offset and length. 0: no direct I/O on this file.
+    pub offset: u32,
+}
+
+/// What `file` asks of direct I/O. `None`: the file system does not tell.
+///
+/// # Errors
+/// What statx(2) gives.
+pub fn direct_alignment(file: impl AsFd) -> io::Result<Option<DirectAlignment>> {
+    // SAFETY: all bits zero is a valid value of this structure of integers.
+    let mut answer: libc::statx = unsafe { std::mem::zeroed() };
+    let descriptor = file.as_fd().as_raw_fd();
+    // SAFETY: the path is an empty string that ends with NUL, the descriptor is open for the length of the borrow, and
+    // `answer` may be written to.
+    let failed =
+        unsafe { libc::statx(descriptor, c"".as_ptr(), libc::AT_EMPTY_PATH, libc::STATX_DIOALIGN, &raw mut answer) };
+    if failed != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let told = answer.stx_mask & libc::STATX_DIOALIGN != 0;
+    Ok(told.then_some(DirectAlignment { memory: answer.stx_dio_mem_align, offset: answer.stx_dio_offset_align }))
+}
+
+mod requests {
+    //! ioctl(2) requests; see linux/fs.h.
+    nix::ioctl_read!(blkgetsize64, 0x12, 114, u64);
+    nix::ioctl_read_bad!(blksszget, nix::request_code_none!(0x12, 104), libc::c_int);
+    nix::ioctl_write_ptr_bad!(blkzeroout, nix::request_code_none!(0x12, 127), [u64; 2]);
+}
+
+/// Bytes of a block device.
+///
+/// # Errors
+/// ENOTTY if it is not one.
+pub fn block_device_size(device: impl AsFd) -> io::Result<u64> {
+    let mut size = 0;
+    // SAFETY: BLKGETSIZE64 writes one 64-bit number (linux/fs.h says size_t, meaning u64) to the address given.
+    unsafe { requests::blkgetsize64(device.as_fd().as_raw_fd(), &raw mut size) }?;
+    Ok(size)
+}
+
+/// Bytes of a block device's logical block: the unit of direct requests.
+///
+/// # Errors
+/// ENOTTY if it is not a block device.
+pub fn logical_block_size(device: impl AsFd) -> io::Result<u32> {
+    let mut size = 0;
+    // SAFETY: BLKSSZGET writes one int to the address given.
+    unsafe { requests::blksszget(device.as_fd().as_raw_fd(), &raw mut size) }?;
+    u32::try_from(size).map_err(|_| io::Error::from_raw_os_error(libc::EIO))
+}
+
+/// Makes `range` of a block device read as zeroes, by whatever means the kernel finds.
+///
+/// # Errors
+/// EINVAL unless it is aligned to the logical block; ENOTTY if it is not a block device; I/O errors.
+pub fn block_zero_out(device: impl AsFd, range: ByteRange) -> nix::Result<()> {
+    let arguments = [range.start(), range.len()];
+    // SAFETY: BLKZEROOUT reads two 64-bit numbers, start and length, from the address given.
+    unsafe { requests::blkzeroout(device.as_fd().as_raw_fd(), &raw const arguments) }.map(drop)
 }

@@ -1,0 +1,187 @@
+//! Raw images on block devices.
+//!
+//! As files, with these differences: the size is fixed; all of it is data; zeroing works on logical blocks, and goes down this chain:
+//!
+//! ```text
+//! write_zeroes: fallocate(ZERO_RANGE), else BLKZEROOUT, else write zeroes
+//! discard:      fallocate(PUNCH_HOLE), else unsupported
+//! ```
+//!
+//! BLKDISCARD is never used: it promises no zeroes. The chain runs on the descriptor that holds the device exclusively:
+//! through any other one the kernel refuses, with EBUSY, to zero what has unwritten pages in the page cache.
+
+use std::os::fd::BorrowedFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+
+use nix::fcntl::FallocateFlags;
+
+use super::file_io::FileIo;
+use super::open::Opened;
+use super::raw::attributes_of;
+use super::zeroing::{Ability, Tried};
+use super::{
+    Attributes, DescriptorRole, Extent, ExtentStatus, Format, Identity, Image, Properties, Room, check_bounds,
+};
+use crate::error::{Error, ErrorKind, Result};
+use crate::range::ByteRange;
+use crate::sys::files;
+
+/// The most that is zeroed by one system call, which may take as long as writing it: other writes wait meanwhile.
+const ZEROING_BYTES_MAX: u64 = 16 << 20;
+
+/// A raw image on a block device.
+#[derive(Debug)]
+pub(super) struct BlockDevice {
+    io: FileIo,
+    opened: Opened,
+    block_bytes: u64,
+    punch: Ability,
+    zero_range: Ability,
+    zero_out: Ability,
+}
+
+impl BlockDevice {
+    /// An image over `io`, on a device with logical blocks of `block_bytes`.
+    pub(super) fn new(io: FileIo, opened: Opened, block_bytes: u64) -> Self {
+        let (punch, zero_range, zero_out) = (Ability::default(), Ability::default(), Ability::default());
+        BlockDevice { io, opened, block_bytes, punch, zero_range, zero_out }
+    }
+
+    fn try_zero(&self, range: ByteRange) -> Tried {
+        let device = &self.opened.locked;
+        let flags = FallocateFlags::FALLOC_FL_ZERO_RANGE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        match self.zero_range.attempt_fallocate(device, flags, range) {
+            Tried::Refused => self.zero_out.attempt(|| files::block_zero_out(device, range)),
+            tried => tried,
+        }
+    }
+
+    fn try_punch(&self, range: ByteRange) -> Tried {
+        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        self.punch.attempt_fallocate(&self.opened.locked, flags, range)
+    }
+
+    /// Writes zeroes to what of `range` is not in `inner`, a part of it.
+    fn zero_edges(&self, range: ByteRange, inner: ByteRange) -> Result<()> {
+        self.io.write_zero_bytes(ByteRange::from_bounds(range.start(), inner.start()))?;
+        self.io.write_zero_bytes(ByteRange::from_bounds(inner.end(), range.end()))
+    }
+
+    /// The whole blocks in `range`; empty, but at its start, if there are none.
+    fn inner(&self, range: ByteRange) -> ByteRange {
+        match range.align_in(self.block_bytes) {
+            inner if inner.is_empty() => ByteRange::new(range.start(), 0),
+            inner => inner,
+        }
+    }
+}
+
+impl Image for BlockDevice {
+    fn name(&self) -> &str {
+        self.io.name()
+    }
+
+    fn format(&self) -> Format {
+        Format::Raw
+    }
+
+    fn size_bytes(&self) -> u64 {
+        self.io.size_bytes()
+    }
+
+    fn properties(&self) -> Properties {
+        Properties {
+            request_alignment: self.io.request_alignment(),
+            cluster_bytes: None,
+            thin_zeroing: self.punch.is_likely(),
+            writable: self.opened.writable,
+            resizable: false,
+        }
+    }
+
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        self.io.read(offset, buffer)
+    }
+
+    fn write_at(&self, offset: u64, data: &[u8]) -> Result<()> {
+        self.io.write(offset, data)
+    }
+
+    fn write_zeroes(&self, range: ByteRange) -> Result<()> {
+        check_bounds(self, "write zeroes", range)?;
+        let inner = self.inner(range);
+        self.zero_edges(range, inner)?;
+        for piece in inner.pieces(ZEROING_BYTES_MAX) {
+            match self.io.change("write zeroes", piece, || self.try_zero(piece))? {
+                Tried::Done => (),
+                Tried::Failed(error) => return Err(self.io.failed("write zeroes to", piece, &error)),
+                Tried::Refused => self.io.write_zero_bytes(piece)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn discard(&self, range: ByteRange) -> Result<()> {
+        check_bounds(self, "discard", range)?;
+        let inner = self.inner(range);
+        for piece in inner.pieces(ZEROING_BYTES_MAX) {
+            match self.io.change("discard", piece, || self.try_punch(piece))? {
+                Tried::Done => (),
+                Tried::Failed(error) => return Err(self.io.failed("discard", piece, &error)),
+                Tried::Refused => {
+                    let what = "the device cannot discard to zeroes:";
+                    return Err(Error::new(ErrorKind::Unsupported, what).on(self.name()).at(range));
+                }
+            }
+        }
+        self.zero_edges(range, inner)
+    }
+
+    /// A device is allocated from the start, as far as anybody can tell.
+    fn allocate(&self, range: ByteRange) -> Result<()> {
+        check_bounds(self, "allocate", range)
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.io.flush()
+    }
+
+    fn extent_at(&self, offset: u64) -> Extent {
+        Extent { range: ByteRange::from_bounds(offset, self.size_bytes()), status: ExtentStatus::Data }
+    }
+
+    /// A device does not tell: its size.
+    fn allocated_bytes(&self) -> Result<u64> {
+        Ok(self.size_bytes())
+    }
+
+    fn resize(&self, _size_bytes: u64) -> Result<()> {
+        Err(Error::new(ErrorKind::Unsupported, "a block device has a fixed size: cannot resize").on(self.name()))
+    }
+
+    fn attributes(&self) -> Result<Attributes> {
+        let meta = self.io.file().metadata();
+        attributes_of(&meta.map_err(|error| Error::io("cannot look at", &error).on(self.name()))?)
+    }
+
+    /// There is room for exactly what fits the device.
+    fn room(&self) -> Result<Room> {
+        let size = self.size_bytes();
+        Ok(Room { available_bytes: size, free_bytes: size, total_bytes: size })
+    }
+
+    fn identity(&self) -> Result<Identity> {
+        let meta = self.io.file().metadata();
+        let meta = meta.map_err(|error| Error::io("cannot look at", &error).on(self.name()))?;
+        Ok(Identity { id: None, device: meta.rdev(), inode: 0, birth_ns: None, size_bytes: self.size_bytes() })
+    }
+
+    fn descriptors(&self) -> Vec<(DescriptorRole, BorrowedFd<'_>)> {
+        self.opened.descriptors()
+    }
+
+    fn path(&self) -> Option<PathBuf> {
+        Some(self.opened.path.clone())
+    }
+}

@@ -42,8 +42,27 @@ pub(super) enum Fence {
     Tail = 298,
 }
 
-/// How often a fence that is held is tried again.
-const FENCE_RETRY: Duration = Duration::from_millis(5);
+/// How often a lock that is held is tried again.
+const RETRY: Duration = Duration::from_millis(5);
+
+/// How long a lock in the way is given to vanish. A process that is just being started holds copies of all descriptors of its parent
+/// until it runs its program (fork(2), then O_CLOEXEC): what was closed a moment ago may still be locked.
+pub(super) const PATIENCE: Duration = Duration::from_millis(200);
+
+/// Attempts until there is a result, `None` once `patience` is over. The last attempt is made at the end of the time or later.
+pub(super) fn patiently<T, E>(
+    patience: Duration,
+    mut attempt: impl FnMut() -> Result<Option<T>, E>,
+) -> Result<Option<T>, E> {
+    let deadline = Instant::now() + patience;
+    loop {
+        let is_last = Instant::now() >= deadline;
+        match attempt()? {
+            None if !is_last => std::thread::sleep(RETRY),
+            outcome => return Ok(outcome),
+        }
+    }
+}
 
 fn one_byte(kind: i32, byte: i64) -> libc::flock {
     let narrow = |value: i32| i16::try_from(value).expect("lock constants are small");
@@ -74,34 +93,37 @@ fn is_held_by_others(file: &File, byte: i64) -> Result<bool, Errno> {
 /// # Errors
 /// [`ErrorKind::Locked`] if another program's locks conflict; then none of ours stays.
 pub(super) fn take_image_locks(file: &File, name: &str, writer: bool) -> Result<()> {
+    let taken = patiently(PATIENCE, || match try_image_locks(file, writer) {
+        Ok(true) => Ok(Some(())),
+        Ok(false) => Ok(None),
+        Err(errno) => Err(errno),
+    });
+    match taken {
+        Ok(Some(())) => Ok(()),
+        Ok(None) => Err(in_use(file, name)),
+        Err(errno) => Err(Error::io("cannot lock", &errno.into())
+            .on(name)
+            .advise("the file system must support open file description locks")),
+    }
+}
+
+/// One attempt. False: somebody is in the way. Unless it succeeds, none of the locks stays.
+fn try_image_locks(file: &File, writer: bool) -> Result<bool, Errno> {
     let used: &[i64] = if writer { &[READ, WRITE] } else { &[READ] };
     let ours = used.iter().map(|p| USES + p).chain(REFUSED.iter().map(|p| REFUSES + p));
-    let conflicts = used.iter().map(|p| REFUSES + p).chain(REFUSED.iter().map(|p| USES + p));
+    let mut conflicts = used.iter().map(|p| REFUSES + p).chain(REFUSED.iter().map(|p| USES + p));
     // First take, then look: of two that come at the same time at least one sees the other.
-    let take = || -> Result<bool, Errno> {
-        for byte in ours.clone() {
-            if !set(file, libc::F_RDLCK, byte)? {
-                return Ok(false);
-            }
+    let taken = ours.clone().try_fold(true, |all, byte| Ok(all && set(file, libc::F_RDLCK, byte)?));
+    let outcome = taken.and_then(|all| {
+        let conflict = conflicts.try_fold(false, |any, byte| Ok(any || is_held_by_others(file, byte)?))?;
+        Ok(all && !conflict)
+    });
+    if outcome != Ok(true) {
+        for byte in ours {
+            let _ = set(file, libc::F_UNLCK, byte);
         }
-        for byte in conflicts {
-            if is_held_by_others(file, byte)? {
-                return Ok(false);
-            }
-        }
-        Ok(true)
-    };
-    let error = match take() {
-        Ok(true) => return Ok(()),
-        Ok(false) => in_use(file, name),
-        Err(errno) => Error::io("cannot lock", &errno.into())
-            .on(name)
-            .advise("the file system must support open file description locks"),
-    };
-    for byte in ours {
-        let _ = set(file, libc::F_UNLCK, byte);
     }
-    Err(error)
+    outcome
 }
 
 /// Takes the exclusive lock on a private byte: with it in hand, no I/O of an earlier server can land any more. Waits up to
@@ -110,16 +132,11 @@ pub(super) fn take_image_locks(file: &File, name: &str, writer: bool) -> Result<
 /// # Errors
 /// [`ErrorKind::Locked`] if it is still held then.
 pub(super) fn take_fence(file: &File, name: &str, fence: Fence, patience: Duration) -> Result<()> {
-    let deadline = Instant::now() + patience;
-    loop {
-        match set(file, libc::F_WRLCK, fence as i64) {
-            Ok(true) => return Ok(()),
-            Ok(false) if Instant::now() >= deadline => {
-                return Err(Error::new(ErrorKind::Locked, "image is in use by another livemirror:").on(name));
-            }
-            Ok(false) => std::thread::sleep(FENCE_RETRY),
-            Err(errno) => return Err(Error::io("cannot lock", &errno.into()).on(name)),
-        }
+    let taken = patiently(patience.max(PATIENCE), || Ok(set(file, libc::F_WRLCK, fence as i64)?.then_some(())));
+    match taken {
+        Ok(Some(())) => Ok(()),
+        Ok(None) => Err(Error::new(ErrorKind::Locked, "image is in use by another livemirror:").on(name)),
+        Err(errno) => Err(Error::io("cannot lock", &Errno::into(errno)).on(name)),
     }
 }
 

@@ -17,14 +17,17 @@ mod file_io;
 mod lock;
 pub mod memory;
 mod open;
+pub mod own_mount;
 mod probe;
 mod raw;
+mod same;
 mod stripes;
 mod users;
 mod zeroing;
 
 pub use self::open::{OpenOptions, Role, create, open, sync_parent_directory};
 pub use self::probe::{format_of_content, format_of_name};
+pub use self::same::{refuse_same, same_image};
 
 use std::fmt;
 use std::os::fd::BorrowedFd;

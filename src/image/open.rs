@@ -100,10 +100,11 @@ pub fn open(path: &Path, options: &OpenOptions) -> Result<Arc<dyn Image>> {
         None => {
             // O_EXCL without O_CREAT: nobody else may hold the device that way, a mounted file system or an LVM for instance.
             let exclusive = if device && options.role != Role::Observer { libc::O_EXCL } else { 0 };
-            reopen(&path_only, options.writable, exclusive).map_err(|error| match error.raw_os_error() {
-                Some(libc::EBUSY) if device => users::busy(&name, meta.rdev()),
-                _ => failed(error),
-            })?
+            let opened = lock::patiently(lock::PATIENCE, || match reopen(&path_only, options.writable, exclusive) {
+                Err(error) if device && error.raw_os_error() == Some(libc::EBUSY) => Ok(None),
+                opened => opened.map(Some),
+            });
+            opened.map_err(failed)?.ok_or_else(|| users::busy(&name, meta.rdev()))?
         }
     };
     if options.role != Role::Observer {

@@ -61,6 +61,8 @@ mod requests {
     nix::ioctl_read!(blkgetsize64, 0x12, 114, u64);
     nix::ioctl_read_bad!(blksszget, nix::request_code_none!(0x12, 104), libc::c_int);
     nix::ioctl_write_ptr_bad!(blkzeroout, nix::request_code_none!(0x12, 127), [u64; 2]);
+    // LOOP_GET_STATUS64, linux/loop.h.
+    nix::ioctl_read_bad!(loop_get_status64, 0x4C05, super::LoopInfo);
 }
 
 /// Bytes of a block device.
@@ -94,3 +96,51 @@ pub fn block_zero_out(device: impl AsFd, range: ByteRange) -> nix::Result<()> {
     // SAFETY: BLKZEROOUT reads two 64-bit numbers, start and length, from the address given.
     unsafe { requests::blkzeroout(device.as_fd().as_raw_fd(), &raw const arguments) }.map(drop)
 }
+
+/// `struct loop_info64` of linux/loop.h.
+#[repr(C)]
+#[derive(Debug)]
+pub struct LoopInfo {
+    device: u64,
+    inode: u64,
+    real_device: u64,
+    offset_and_size_limit: [u64; 2],
+    numbers_and_flags: [u32; 4],
+    names_and_key: [u8; 64 + 64 + 32],
+    init: [u64; 2],
+}
+
+/// What a loop device's bytes are kept in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LoopBacking {
+    /// A file: device number of its file system, and inode.
+    File {
+        /// Device number of the file system.
+        device: u64,
+        /// Inode number.
+        inode: u64,
+    },
+    /// Another block device.
+    Device {
+        /// Its number.
+        number: u64,
+    },
+}
+
+/// What is beneath a loop device.
+///
+/// # Errors
+/// ENXIO if there is nothing, ENOTTY if it is not a loop device.
+pub fn loop_backing(device: impl AsFd) -> io::Result<LoopBacking> {
+    // SAFETY: all bits zero is a valid value of this structure of integers.
+    let mut info: LoopInfo = unsafe { std::mem::zeroed() };
+    // SAFETY: LOOP_GET_STATUS64 writes one structure of this layout to the address given.
+    unsafe { requests::loop_get_status64(device.as_fd().as_raw_fd(), &raw mut info) }?;
+    // The kernel encodes these numbers in its own way (huge_encode_dev), which for them is the one of user space.
+    Ok(match info.real_device {
+        0 => LoopBacking::File { device: info.device, inode: info.inode },
+        number => LoopBacking::Device { number },
+    })
+}
+
+const _: () = assert!(size_of::<LoopInfo>() == 232);

@@ -5,14 +5,14 @@ use std::path::PathBuf;
 use std::process::Command;
 
 /// A loop device over a file in a temporary directory. Detached at the end, also of a test that fails.
-pub(super) struct LoopDevice {
+pub(crate) struct LoopDevice {
     path: PathBuf,
     backing: PathBuf,
     _directory: tempfile::TempDir,
 }
 
 impl LoopDevice {
-    pub(super) fn new(size_bytes: u64) -> Option<Self> {
+    pub(crate) fn new(size_bytes: u64) -> Option<Self> {
         let directory = tempfile::tempdir().unwrap();
         let backing = directory.path().join("backing");
         file_of(&backing, size_bytes);
@@ -20,15 +20,36 @@ impl LoopDevice {
         Some(LoopDevice { path, backing, _directory: directory })
     }
 
-    pub(super) fn path(&self) -> &Path {
+    /// One with an MBR that has one partition.
+    pub(crate) fn with_partition(size_bytes: u64) -> Option<Self> {
+        let directory = tempfile::tempdir().unwrap();
+        let backing = directory.path().join("backing");
+        file_of(&backing, size_bytes);
+        // Entry 1 at byte 446: type 0x83, from block 2048 on, 8192 blocks of 512; the signature at byte 510.
+        let mut record = [0; 512];
+        record[446 + 4] = 0x83;
+        record[446 + 8..446 + 12].copy_from_slice(&2048_u32.to_le_bytes());
+        record[446 + 12..446 + 16].copy_from_slice(&8192_u32.to_le_bytes());
+        record[510..].copy_from_slice(&[0x55, 0xAA]);
+        std::os::unix::fs::FileExt::write_all_at(
+            &std::fs::File::options().write(true).open(&backing).unwrap(),
+            &record,
+            0,
+        )
+        .unwrap();
+        let path = attach(&backing)?;
+        Some(LoopDevice { path, backing, _directory: directory })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
-    pub(super) fn backing(&self) -> &Path {
+    pub(crate) fn backing(&self) -> &Path {
         &self.backing
     }
 
-    pub(super) fn zero(&self) {
+    pub(crate) fn zero(&self) {
         let image = open(&self.path, &options(CacheMode::Writeback)).unwrap();
         image.write_zeroes(ByteRange::new(0, image.size_bytes())).unwrap();
     }
@@ -40,7 +61,7 @@ fn attach(backing: &Path) -> Option<PathBuf> {
     }
     // Two that look for a free device at once may find the same one.
     (0..10).find_map(|_| {
-        let output = Command::new("losetup").args(["--find", "--show"]).arg(backing).output().ok()?;
+        let output = Command::new("losetup").args(["--find", "--show", "--partscan"]).arg(backing).output().ok()?;
         output.status.success().then(|| PathBuf::from(String::from_utf8(output.stdout).unwrap().trim()))
     })
 }

@@ -6,6 +6,8 @@ mod model;
 mod opening;
 mod sparse;
 
+pub(super) use self::devices::LoopDevice;
+
 use super::*;
 use std::path::Path;
 use std::sync::Arc;

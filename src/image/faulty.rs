@@ -12,7 +12,9 @@ use super::{Attributes, CopyOffer, DescriptorRole, Extent, ExtentStatus, Format,
 use crate::error::{Error, Result};
 use crate::range::ByteRange;
 use crate::sync::atomic::{AtomicU64, Ordering};
-use crate::sync::{Arc, Condvar, Mutex};
+use crate::sync::{Arc, Mutex};
+
+pub use super::gate::Gate;
 
 /// Kinds of requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,54 +100,6 @@ impl Fault {
         }
         self.times -= 1;
         true
-    }
-}
-
-/// A place where requests wait until a test lets them go on. Closed at first; once open it stays open.
-#[derive(Debug, Default)]
-pub struct Gate {
-    state: Mutex<GateState>,
-    changed: Condvar,
-}
-
-#[derive(Debug, Default)]
-struct GateState {
-    open: bool,
-    arrived: u64,
-}
-
-impl Gate {
-    /// A closed gate.
-    pub fn new() -> Arc<Self> {
-        Arc::new(Gate::default())
-    }
-
-    /// Lets everybody through, now and later.
-    pub fn open(&self) {
-        self.state.lock().open = true;
-        self.changed.notify_all();
-    }
-
-    /// Waits until `count` requests have come to the gate (since it was made).
-    pub fn wait_for_arrivals(&self, count: u64) {
-        let mut state = self.state.lock();
-        while state.arrived < count {
-            self.changed.wait(&mut state);
-        }
-    }
-
-    /// How many requests have come to the gate.
-    pub fn arrivals(&self) -> u64 {
-        self.state.lock().arrived
-    }
-
-    fn pass(&self) {
-        let mut state = self.state.lock();
-        state.arrived += 1;
-        self.changed.notify_all();
-        while !state.open {
-            self.changed.wait(&mut state);
-        }
     }
 }
 

@@ -6,19 +6,15 @@
 //!
 //! One lock guards all pages: a request is atomic against every other one. Not meant to be fast.
 
-use std::collections::BTreeMap;
-use std::ops::Bound;
 use std::time::SystemTime;
 
+pub use super::pages::PAGE_BYTES;
+use super::pages::Pages;
 use super::{Attributes, Extent, ExtentStatus, Format, Identity, Image, Properties, Room, check_bounds};
 use crate::error::{Error, ErrorKind, Result};
 use crate::range::ByteRange;
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Arc, RwLock};
-
-/// Bytes of one page: the unit of allocation.
-pub const PAGE_BYTES: u64 = 4096;
-const PAGE: usize = 4096;
 
 /// What a [`MemoryImage`] can do. The default can do everything.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,26 +52,11 @@ impl Default for MemoryOptions {
     }
 }
 
-/// An allocated page. Absent ones are holes.
-#[derive(Clone)]
-enum Page {
-    /// Allocated, reads as zeroes.
-    Zero,
-    /// Bytes, which may happen to be zeroes.
-    Data(Box<[u8; PAGE]>),
-}
-
-struct Content {
-    pages: BTreeMap<u64, Page>,
-    size_bytes: u64,
-    capacity_bytes: Option<u64>,
-}
-
 /// See the module.
 pub struct MemoryImage {
     name: String,
     options: MemoryOptions,
-    content: RwLock<Content>,
+    content: RwLock<Pages>,
     serial: u64,
 }
 
@@ -88,7 +69,7 @@ impl MemoryImage {
     /// As [`MemoryImage::new`], with less or other abilities.
     pub fn with_options(name: impl Into<String>, size_bytes: u64, options: MemoryOptions) -> Arc<Self> {
         static SERIAL: AtomicU64 = AtomicU64::new(1);
-        let content = Content { pages: BTreeMap::new(), size_bytes, capacity_bytes: options.capacity_bytes };
+        let content = Pages::new(size_bytes, options.capacity_bytes);
         Arc::new(MemoryImage {
             name: name.into(),
             options,
@@ -100,7 +81,7 @@ impl MemoryImage {
     /// All its bytes. For small images.
     pub fn bytes(&self) -> Vec<u8> {
         let content = self.content.read();
-        let mut bytes = vec![0; usize::try_from(content.size_bytes).expect("an image that fits memory")];
+        let mut bytes = vec![0; usize::try_from(content.size_bytes()).expect("an image that fits memory")];
         content.read(0, &mut bytes);
         bytes
     }
@@ -110,12 +91,12 @@ impl MemoryImage {
         self.content.write().capacity_bytes = capacity_bytes;
     }
 
-    fn change(&self, what: &str, range: ByteRange) -> Result<parking_lot::RwLockWriteGuard<'_, Content>> {
+    fn change(&self, what: &str, range: ByteRange) -> Result<parking_lot::RwLockWriteGuard<'_, Pages>> {
         let content = self.content.write();
         if !self.options.writable {
             return Err(Error::new(ErrorKind::ReadOnly, format!("cannot {what} read-only image")).on(&self.name));
         }
-        if range.end() > content.size_bytes {
+        if range.end() > content.size_bytes() {
             let what = format!("cannot {what} past the end of");
             return Err(Error::new(ErrorKind::Usage, what).on(&self.name).at(range));
         }
@@ -125,90 +106,6 @@ impl MemoryImage {
     fn refuse(&self, what: &str) -> Error {
         Error::new(ErrorKind::Unsupported, format!("cannot {what}")).on(&self.name)
     }
-}
-
-impl Content {
-    /// The parts of `range` page by page: page number, and the part's place within the page.
-    fn parts(range: ByteRange) -> impl Iterator<Item = (u64, std::ops::Range<usize>)> {
-        range.pieces(PAGE_BYTES).map(|piece| {
-            let start = usize::try_from(piece.start() % PAGE_BYTES).expect("less than a page");
-            (piece.start() / PAGE_BYTES, start..start + usize::try_from(piece.len()).expect("at most a page"))
-        })
-    }
-
-    fn read(&self, offset: u64, buffer: &mut [u8]) {
-        let mut rest = buffer;
-        for (number, place) in Self::parts(ByteRange::new(offset, rest.len() as u64)) {
-            let (head, tail) = rest.split_at_mut(place.len());
-            match self.pages.get(&number) {
-                Some(Page::Data(bytes)) => head.copy_from_slice(&bytes[place]),
-                Some(Page::Zero) | None => head.fill(0),
-            }
-            rest = tail;
-        }
-    }
-
-    /// False if the page is not there and there is no room for it.
-    fn has_room_for(&self, number: u64) -> bool {
-        let used = self.pages.len() as u64 * PAGE_BYTES;
-        self.pages.contains_key(&number) || self.capacity_bytes.is_none_or(|limit| used + PAGE_BYTES <= limit)
-    }
-
-    fn write(&mut self, offset: u64, data: &[u8]) -> Result<()> {
-        let mut rest = data;
-        for (number, place) in Self::parts(ByteRange::new(offset, data.len() as u64)) {
-            if !self.has_room_for(number) {
-                return Err(full());
-            }
-            let (head, tail) = rest.split_at(place.len());
-            let page = self.pages.entry(number).or_insert(Page::Zero);
-            if let Page::Zero = page {
-                *page = Page::Data(Box::new([0; PAGE]));
-            }
-            if let Page::Data(bytes) = page {
-                bytes[place].copy_from_slice(head);
-            }
-            rest = tail;
-        }
-        Ok(())
-    }
-
-    /// Zeroes pages that are covered partly, hands whole ones (the image's last page up to its end included) to `whole`.
-    fn zero(&mut self, range: ByteRange, whole: impl Fn(&mut BTreeMap<u64, Page>, u64)) {
-        let last = self.size_bytes;
-        let covers = |number: u64| {
-            range.contains(ByteRange::from_bounds(number * PAGE_BYTES, ((number + 1) * PAGE_BYTES).min(last)))
-        };
-        if range.is_empty() {
-            return;
-        }
-        let there = self.pages.range(range.start() / PAGE_BYTES..range.end().div_ceil(PAGE_BYTES));
-        let numbers: Vec<u64> = there.map(|(number, _)| *number).collect();
-        for number in numbers {
-            if covers(number) {
-                whole(&mut self.pages, number);
-            } else if let Some(Page::Data(bytes)) = self.pages.get_mut(&number) {
-                let part = ByteRange::new(number * PAGE_BYTES, PAGE_BYTES).intersect(range);
-                for (_, place) in Self::parts(part) {
-                    bytes[place].fill(0);
-                }
-            }
-        }
-    }
-
-    fn allocate(&mut self, range: ByteRange) -> Result<()> {
-        for (number, _) in Self::parts(range) {
-            if !self.has_room_for(number) {
-                return Err(full());
-            }
-            self.pages.entry(number).or_insert(Page::Zero);
-        }
-        Ok(())
-    }
-}
-
-fn full() -> Error {
-    Error::io("cannot write", &std::io::Error::from_raw_os_error(libc::ENOSPC))
 }
 
 impl std::fmt::Debug for MemoryImage {
@@ -227,7 +124,7 @@ impl Image for MemoryImage {
     }
 
     fn size_bytes(&self) -> u64 {
-        self.content.read().size_bytes
+        self.content.read().size_bytes()
     }
 
     fn properties(&self) -> Properties {
@@ -254,9 +151,7 @@ impl Image for MemoryImage {
     fn write_zeroes(&self, range: ByteRange) -> Result<()> {
         let mut content = self.change("write zeroes", range)?;
         content.allocate(range).map_err(|error| error.on(&self.name).at(range))?;
-        content.zero(range, |pages, number| {
-            pages.insert(number, Page::Zero);
-        });
+        content.zero(range, true);
         Ok(())
     }
 
@@ -265,9 +160,7 @@ impl Image for MemoryImage {
         if !self.options.can_discard {
             return Err(self.refuse("discard").at(range));
         }
-        content.zero(range, |pages, number| {
-            pages.remove(&number);
-        });
+        content.zero(range, false);
         Ok(())
     }
 
@@ -285,32 +178,15 @@ impl Image for MemoryImage {
 
     fn extent_at(&self, offset: u64) -> Extent {
         let content = self.content.read();
-        let end = content.size_bytes;
         if !self.options.tells_extents {
-            return Extent { range: ByteRange::from_bounds(offset, end), status: ExtentStatus::Data };
+            return Extent { range: ByteRange::from_bounds(offset, content.size_bytes()), status: ExtentStatus::Data };
         }
-        let status = |page: Option<&Page>| match page {
-            None => ExtentStatus::Hole,
-            Some(Page::Zero) => ExtentStatus::Zero,
-            Some(Page::Data(_)) => ExtentStatus::Data,
-        };
-        let first = offset / PAGE_BYTES;
-        let wanted = status(content.pages.get(&first));
-        let mut after = first + 1;
-        if wanted == ExtentStatus::Hole {
-            let next = content.pages.range((Bound::Excluded(first), Bound::Unbounded)).next();
-            after = next.map_or(end.div_ceil(PAGE_BYTES), |(number, _)| *number);
-        } else {
-            while status(content.pages.get(&after)) == wanted {
-                after += 1;
-            }
-        }
-        let range = ByteRange::from_bounds(offset, (after * PAGE_BYTES).min(end));
-        Extent { range, status: wanted }
+        let (status, end) = content.run_at(offset);
+        Extent { range: ByteRange::from_bounds(offset, end), status }
     }
 
     fn allocated_bytes(&self) -> Result<u64> {
-        Ok(self.content.read().pages.len() as u64 * PAGE_BYTES)
+        Ok(self.content.read().allocated_bytes())
     }
 
     fn resize(&self, size_bytes: u64) -> Result<()> {
@@ -318,10 +194,7 @@ impl Image for MemoryImage {
             return Err(self.refuse("resize"));
         }
         let mut content = self.change("resize", ByteRange::new(0, 0))?;
-        let cut = ByteRange::from_bounds(size_bytes, content.size_bytes.next_multiple_of(PAGE_BYTES));
-        content.zero(cut, |_, _| ());
-        content.pages.split_off(&size_bytes.div_ceil(PAGE_BYTES));
-        content.size_bytes = size_bytes;
+        content.resize(size_bytes);
         Ok(())
     }
 

@@ -160,7 +160,7 @@ mod tests {
         symlink("disk.img", at("symlink.img")).unwrap();
         std::fs::hard_link(at("disk.img"), at("link.img")).unwrap();
         let image = opened(&at("disk.img"));
-        for name in ["disk.img", "symlink.img", "link.img", "../".to_owned().as_str()].into_iter().take(3) {
+        for name in ["disk.img", "symlink.img", "link.img"] {
             assert!(same_image(&*image, &at(name)).unwrap(), "{name}");
             assert!(refuse_same(&*image, &at(name)).unwrap_err().to_string().contains(name));
         }
@@ -192,11 +192,8 @@ mod tests {
 
     #[test]
     fn a_partition_is_its_disk() {
-        let Some(device) = LoopDevice::with_partition(16 << 20) else { return };
-        let partition = PathBuf::from(format!("{}p1", device.path().display()));
-        if !partition.exists() {
-            return;
-        }
+        let Some(device) = LoopDevice::new(16 << 20) else { return };
+        let Some(partition) = device.add_partition() else { return };
         assert!(same_image(&*opened(device.path()), &partition).unwrap());
         assert!(same_image(&*opened(&partition), device.path()).unwrap());
         assert!(same_image(&*opened(device.backing()), &partition).unwrap());

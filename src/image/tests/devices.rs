@@ -20,25 +20,11 @@ impl LoopDevice {
         Some(LoopDevice { path, backing, _directory: directory })
     }
 
-    /// One with an MBR that has one partition.
-    pub(crate) fn with_partition(size_bytes: u64) -> Option<Self> {
-        let directory = tempfile::tempdir().unwrap();
-        let backing = directory.path().join("backing");
-        file_of(&backing, size_bytes);
-        // Entry 1 at byte 446: type 0x83, from block 2048 on, 8192 blocks of 512; the signature at byte 510.
-        let mut record = [0; 512];
-        record[446 + 4] = 0x83;
-        record[446 + 8..446 + 12].copy_from_slice(&2048_u32.to_le_bytes());
-        record[446 + 12..446 + 16].copy_from_slice(&8192_u32.to_le_bytes());
-        record[510..].copy_from_slice(&[0x55, 0xAA]);
-        std::os::unix::fs::FileExt::write_all_at(
-            &std::fs::File::options().write(true).open(&backing).unwrap(),
-            &record,
-            0,
-        )
-        .unwrap();
-        let path = attach(&backing)?;
-        Some(LoopDevice { path, backing, _directory: directory })
+    /// Tells the kernel of a partition, which needs no table: the path of its node.
+    pub(crate) fn add_partition(&self) -> Option<PathBuf> {
+        let output = Command::new("addpart").arg(&self.path).args(["1", "2048", "8192"]).output().ok()?;
+        let node = PathBuf::from(format!("{}p1", self.path.display()));
+        (output.status.success() && node.exists()).then_some(node)
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -61,13 +47,14 @@ fn attach(backing: &Path) -> Option<PathBuf> {
     }
     // Two that look for a free device at once may find the same one.
     (0..10).find_map(|_| {
-        let output = Command::new("losetup").args(["--find", "--show", "--partscan"]).arg(backing).output().ok()?;
+        let output = Command::new("losetup").args(["--find", "--show"]).arg(backing).output().ok()?;
         output.status.success().then(|| PathBuf::from(String::from_utf8(output.stdout).unwrap().trim()))
     })
 }
 
 impl Drop for LoopDevice {
     fn drop(&mut self) {
+        let _ = Command::new("delpart").arg(&self.path).arg("1").output();
         let _ = Command::new("losetup").arg("--detach").arg(&self.path).status();
     }
 }

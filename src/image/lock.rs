@@ -162,7 +162,7 @@ fn holder(file: &File) -> Option<String> {
             return Some(format!("{} (pid {pid})", program.trim_end()));
         }
     }
-    None
+    holds_lock(own, &place).then(|| "this livemirror already".to_owned())
 }
 
 fn holds_lock(pid: u32, place: &str) -> bool {
@@ -212,7 +212,9 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = disk(&directory);
         let first = open(&path, &for_writing()).unwrap();
-        assert_eq!(open(&path, &for_writing()).unwrap_err().kind(), ErrorKind::Locked);
+        let error = open(&path, &for_writing()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Locked);
+        assert!(error.to_string().contains("in use by"), "{error}");
         assert_eq!(open(&path, &OpenOptions::default()).unwrap_err().kind(), ErrorKind::Locked);
         open(&path, &OpenOptions { role: Role::Observer, ..OpenOptions::default() }).unwrap();
         drop(first);

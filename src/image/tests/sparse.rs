@@ -66,6 +66,48 @@ fn allocated_and_zeroed_space_stays_allocated() {
     }
 }
 
+/// A ramfs: no direct I/O, no fallocate, no holes, no extended attributes. Needs root.
+struct RamFs(tempfile::TempDir);
+
+impl RamFs {
+    fn mount() -> Option<Self> {
+        let directory = tempfile::tempdir().unwrap();
+        let flags = nix::mount::MsFlags::empty();
+        let none: Option<&str> = None;
+        nix::mount::mount(none, directory.path(), Some("ramfs"), flags, none).ok()?;
+        Some(RamFs(directory))
+    }
+}
+
+impl Drop for RamFs {
+    fn drop(&mut self) {
+        let _ = nix::mount::umount(self.0.path());
+    }
+}
+
+#[test]
+fn a_file_system_that_can_do_nothing_special_is_written_the_plain_way() {
+    let Some(ramfs) = RamFs::mount() else { return };
+    let path = ramfs.0.path().join("disk.img");
+    file_of(&path, 200_000);
+    let error = open(&path, &options(CacheMode::None)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsupported);
+    assert!(error.to_string().contains("cache=none") && error.to_string().contains("disk.img"), "{error}");
+
+    let image = open(&path, &options(CacheMode::Writeback)).unwrap();
+    image.write_at(0, &[3; 200_000]).unwrap();
+    for _ in 0..2 {
+        assert_eq!(image.discard(ByteRange::new(0, 4096)).unwrap_err().kind(), ErrorKind::Unsupported);
+        assert_eq!(image.allocate(ByteRange::new(0, 4096)).unwrap_err().kind(), ErrorKind::Unsupported);
+    }
+    assert!(!image.properties().thin_zeroing);
+    image.write_zeroes(ByteRange::from_bounds(100, 199_900)).unwrap();
+    let seen = std::fs::read(&path).unwrap();
+    assert!(seen.iter().enumerate().all(|(at, &byte)| byte == if (100..199_900).contains(&at) { 0 } else { 3 }));
+    assert_eq!(image.extent_at(7), Extent { range: ByteRange::from_bounds(7, 200_000), status: ExtentStatus::Data });
+    assert_eq!(image.identity().unwrap().id, None);
+}
+
 #[test]
 fn attributes_room_and_identity_are_those_of_the_file() {
     let directory = tempfile::tempdir().unwrap();

@@ -8,6 +8,7 @@ pub use self::real::*;
 
 #[cfg(not(shuttle))]
 mod real {
+    #[allow(unused_imports, reason = "which of them the rooms need differs between the two builds")]
     pub use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
     pub use std::sync::{Arc, OnceLock, atomic};
 
@@ -26,6 +27,7 @@ mod real {
 }
 
 #[cfg(shuttle)]
+#[allow(dead_code, unused_imports, reason = "which of them the rooms need differs between the two builds")]
 mod checked {
     pub use parking_lot::RwLock;
     pub use shuttle::sync::atomic;

@@ -21,7 +21,8 @@
 //!   ```
 //!   All of it is sequentially consistent. Either the setter looks at the summary after the clearer lowered it, and raises it; or
 //!   before, and then its bit was in the word when the clearer looked again. Between lowering and looking again a set bit may
-//!   be hidden: that is why finders and clearers take turns (the turn lives in a mutex), and setters need not.
+//!   be hidden: that is why finders and clearers take turns (the turn lives in a mutex), and setters need not. The reverse,
+//!   a summary bit with nothing below, remains where a setter raised it after its bit was cleared; finders look and go on.
 //! - **[`BitTree::count`] is never less than the number of set bits.** A setter adds before it sets and takes back what was set already;
 //!   a clearer subtracts after it cleared. With nobody at work it is exact.
 //!
@@ -250,27 +251,21 @@ impl BitTree {
         self.directories.get(segment.directory)?.get()?.leaves[segment.leaf].get().map(|leaf| &**leaf)
     }
 
-    /// True if no summary hides a set bit or announces nothing. For tests, with nobody at work.
+    /// True if no summary hides a set bit and the count is exact. For tests, with nobody at work.
     #[cfg(test)]
     pub(super) fn is_consistent(&self) -> bool {
         let is_set = |summary: &[AtomicU64], at: usize| summary[at / 64].load(SeqCst) & (1 << (at % 64)) != 0;
         let mut total = 0;
         let mut good = true;
         for (at, directory) in self.directories.iter().enumerate() {
-            let Some(directory) = directory.get() else {
-                good &= !is_set(&self.summary, at);
-                continue;
-            };
-            good &= any(&directory.summary) == is_set(&self.summary, at);
+            let Some(directory) = directory.get() else { continue };
+            good &= !any(&directory.summary) || is_set(&self.summary, at);
             for (at, leaf) in directory.leaves.iter().enumerate() {
-                let Some(leaf) = leaf.get() else {
-                    good &= !is_set(&directory.summary, at);
-                    continue;
-                };
-                good &= any(&leaf.summary) == is_set(&directory.summary, at);
+                let Some(leaf) = leaf.get() else { continue };
+                good &= !any(&leaf.summary) || is_set(&directory.summary, at);
                 for (at, word) in leaf.words.iter().enumerate() {
                     let word = word.load(SeqCst);
-                    good &= (word != 0) == is_set(&leaf.summary, at);
+                    good &= word == 0 || is_set(&leaf.summary, at);
                     total += ones(word);
                 }
             }

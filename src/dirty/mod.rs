@@ -13,3 +13,8 @@ pub mod map;
 pub use claim::Claim;
 pub use hold::Hold;
 pub use map::{DirtyMap, Wake};
+
+#[cfg(all(test, shuttle))]
+mod shuttle_tests;
+#[cfg(all(test, not(shuttle)))]
+mod tests;

@@ -1,3 +1,6 @@
 //! Every unsafe block of the crate, each with its SAFETY note, and the thin wrappers of system calls that no library has.
 
+pub mod descriptor;
 pub mod files;
+pub mod populate;
+pub mod process;

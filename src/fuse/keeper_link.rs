@@ -1,0 +1,193 @@
+//! The server's end of the link to its keeper.
+//!
+//! A server says, in this order: what it parks (first start), that all is [opened](KeeperLink::opened), that it
+//! [serves](KeeperLink::serving). Later only [`KeeperLink::request_unmount`], [`KeeperLink::park`] and [`KeeperLink::unpark`],
+//! from any thread. The keeper's death is not the server's: it goes on serving, and unmounts by itself if need be.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use parking_lot::Mutex;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::fuse::init::Negotiated;
+use crate::fuse::link::{Link, ToKeeper, ToServer, WireError};
+use crate::fuse::mount::{How, Point};
+use crate::image::DescriptorRole;
+use crate::server::config::MountConfig;
+
+/// What a server starts from.
+#[derive(Debug)]
+pub struct Start {
+    /// What to mount.
+    pub config: MountConfig,
+    /// Descriptors that an earlier server parked: its name for the volume, the role, the descriptor.
+    pub parked: Vec<(String, DescriptorRole, OwnedFd)>,
+    /// How many servers ran before this one.
+    pub restarts: u64,
+    /// How the last one ended.
+    pub last_exit: Option<String>,
+    /// True if nothing is mounted yet.
+    pub first: bool,
+    /// The keeper's process id.
+    pub keeper_pid: u32,
+}
+
+/// The live connection to the kernel.
+#[derive(Debug)]
+pub struct Connection {
+    /// An open /dev/fuse.
+    pub fd: OwnedFd,
+    /// What its first server agreed on with the kernel.
+    pub negotiated: Negotiated,
+}
+
+/// The link to the keeper.
+#[derive(Debug)]
+pub struct KeeperLink {
+    link: Link,
+    /// Held for a question and its answer.
+    asking: Mutex<()>,
+    mountpoint: Mutex<PathBuf>,
+    gone: AtomicBool,
+}
+
+impl KeeperLink {
+    /// The link that this process got as its standard input.
+    ///
+    /// # Errors
+    /// Standard input cannot be taken over.
+    pub fn from_stdin() -> Result<Self> {
+        let link = Link::from_stdin()?;
+        Ok(KeeperLink { link, asking: Mutex::new(()), mountpoint: Mutex::default(), gone: AtomicBool::new(false) })
+    }
+
+    fn receive(&self) -> Result<(ToServer, Option<OwnedFd>)> {
+        self.link.receive()?.ok_or_else(|| {
+            self.gone.store(true, Ordering::Relaxed);
+            Error::new(ErrorKind::Failed, "the keeper of this mount is gone")
+        })
+    }
+
+    /// Receives what this server starts from. Once, first of all.
+    ///
+    /// # Errors
+    /// The keeper is gone.
+    pub fn receive_start(&self) -> Result<Start> {
+        let (ToServer::Start { config, first, restarts, last_exit, parked: count }, _) = self.receive()? else {
+            return Err(unexpected());
+        };
+        let mut parked = Vec::with_capacity(count);
+        while parked.len() < count {
+            match self.receive()? {
+                (ToServer::Parked { volume, role }, Some(descriptor)) => parked.push((volume, role, descriptor)),
+                _ => return Err(unexpected()),
+            }
+        }
+        self.mountpoint.lock().clone_from(&config.mountpoint);
+        let keeper_pid = nix::unistd::getppid().as_raw().unsigned_abs();
+        Ok(Start { config, parked, restarts, last_exit, first, keeper_pid })
+    }
+
+    /// Gives the keeper a duplicate of `descriptor` to keep for the servers to come; it replaces one that was parked under
+    /// the same `volume` (any name that the server likes) and `role`.
+    ///
+    /// # Errors
+    /// The keeper is gone.
+    pub fn park(&self, volume: &str, role: DescriptorRole, descriptor: BorrowedFd<'_>) -> Result<()> {
+        self.link.send(&ToKeeper::Park { volume: volume.into(), role }, Some(descriptor))
+    }
+
+    /// Lets the keeper close a parked descriptor.
+    ///
+    /// # Errors
+    /// The keeper is gone.
+    pub fn unpark(&self, volume: &str, role: DescriptorRole) -> Result<()> {
+        self.link.send(&ToKeeper::Unpark { volume: volume.into(), role }, None)
+    }
+
+    /// Says that all images are open and locked, and waits for the connection. At the first start the keeper mounts now.
+    ///
+    /// # Errors
+    /// It could not be mounted: leave, nothing is there. Or the keeper is gone.
+    pub fn opened(&self) -> Result<Connection> {
+        let _asking = self.asking.lock();
+        self.link.send(&ToKeeper::Opened, None)?;
+        match self.receive()? {
+            (ToServer::Connection(negotiated), Some(fd)) => Ok(Connection { fd, negotiated }),
+            (ToServer::MountFailed(error), _) => Err(error.into()),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// Says that requests are being answered and where the disks are.
+    ///
+    /// # Errors
+    /// The keeper is gone.
+    pub fn serving(&self, paths: &[PathBuf]) -> Result<()> {
+        self.link.send(&ToKeeper::Serving { paths: paths.to_vec() }, None)
+    }
+
+    /// Says why this server is about to leave. `livemirror mount` prints it if nothing was mounted yet.
+    pub fn failed(&self, error: &Error) {
+        if self.link.send(&ToKeeper::Failed(WireError::from(error)), None).is_err() {
+            log::error!("{error}");
+        }
+    }
+
+    /// Unmounts, through the keeper. Flushing and saving come first and are the caller's. Do not call it from a thread that
+    /// answers requests: the unmount may need one. On success the session ends on its own.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotNow`]: the disks are in use, nothing changed.
+    pub fn request_unmount(&self, abort: bool) -> Result<()> {
+        let _asking = self.asking.lock();
+        if !self.keeper_is_gone() && self.link.send(&ToKeeper::Unmount { abort }, None).is_ok() {
+            match self.receive() {
+                Ok((ToServer::Unmounted(None), _)) => return Ok(()),
+                Ok((ToServer::Unmounted(Some(error)), _)) => return Err(error.into()),
+                Ok(_) => return Err(unexpected()),
+                Err(_) => log::warn!("the keeper of this mount died: unmounting without it"),
+            }
+        }
+        let mountpoint = self.mountpoint.lock().clone();
+        match Point::find(&mountpoint)? {
+            Some(point) => point.unmount(if abort { How::Abort } else { How::Plain }),
+            None => Ok(()),
+        }
+    }
+
+    /// True once the keeper is known to be dead.
+    pub fn keeper_is_gone(&self) -> bool {
+        if !self.gone.load(Ordering::Relaxed) && self.hung_up(PollTimeout::ZERO) {
+            self.gone.store(true, Ordering::Relaxed);
+        }
+        self.gone.load(Ordering::Relaxed)
+    }
+
+    fn hung_up(&self, timeout: PollTimeout) -> bool {
+        let mut polled = [PollFd::new(self.link.as_fd(), PollFlags::empty())];
+        let known = poll(&mut polled, timeout).is_ok();
+        known && polled[0].revents().is_some_and(|events| events.intersects(PollFlags::POLLHUP | PollFlags::POLLERR))
+    }
+
+    /// Logs the keeper's death when it happens, from a thread of its own.
+    pub fn watch(self: &Arc<Self>) {
+        let link = Arc::clone(self);
+        let spawned = std::thread::Builder::new().name("keeper-watch".into()).stack_size(128 << 10).spawn(move || {
+            while !link.hung_up(PollTimeout::NONE) {}
+            link.gone.store(true, Ordering::Relaxed);
+            log::warn!("the keeper of this mount died: the disks stay usable, but nobody will restart this server");
+        });
+        if let Err(error) = spawned {
+            log::warn!("cannot watch the keeper of this mount: {error}");
+        }
+    }
+}
+
+fn unexpected() -> Error {
+    Error::new(ErrorKind::Failed, "the keeper of this mount sent something unexpected")
+}

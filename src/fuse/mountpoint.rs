@@ -1,0 +1,92 @@
+//! Whether something can be mounted at a place, and what it would look like. A stale mount of ours is cleaned on the way.
+
+use std::path::Path;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::fuse::mount::{How, Point};
+use crate::fuse::mountinfo::{MountEntry, MountTable, Place, text};
+use crate::fuse::{helpers, holders};
+use crate::server::config::Layout;
+
+/// Checks that `mountpoint` can take a mount: an empty directory, or a regular file. A mount of ours that a crash left there
+/// is detached; a living one, and anything of somebody else's, is not touched.
+///
+/// # Errors
+/// Says what is in the way and what to do.
+pub fn inspect(mountpoint: &Path) -> Result<Layout> {
+    let shown = text(mountpoint);
+    // A stale mount may lie over another one.
+    for _ in 0..16 {
+        let table = MountTable::read()?;
+        match table.locate(mountpoint)? {
+            Place::Ours(entry, rest) if rest.as_os_str().is_empty() => {
+                if is_alive(&entry) {
+                    return Err(Error::new(
+                        ErrorKind::Exists,
+                        format!("already mounted: {shown} is a livemirror mount of {}", entry.fsname.display()),
+                    )
+                    .advise(format!("see it with: livemirror status {shown}; end it with: livemirror unmount {shown}")));
+                }
+                clean(entry)?;
+            }
+            Place::Ours(entry, _) => {
+                return Err(Error::usage(format!(
+                    "the mountpoint {shown} lies within the livemirror mount {}",
+                    entry.mountpoint.display()
+                )));
+            }
+            Place::Elsewhere(path) => return inspect_plain(&table, &path, &shown),
+        }
+    }
+    Err(Error::new(ErrorKind::Failed, "stale mounts cannot be removed from").on(shown))
+}
+
+fn inspect_plain(table: &MountTable, path: &Path, shown: &str) -> Result<Layout> {
+    if let Some(entry) = table.at(path) {
+        return Err(Error::new(ErrorKind::Exists, format!("already mounted: {shown} holds {}", entry.fstype.display()))
+            .advise("choose another mountpoint, or unmount that one first"));
+    }
+    let kind = std::fs::symlink_metadata(path).map_err(|error| match error.kind() {
+        std::io::ErrorKind::NotFound => Error::new(ErrorKind::NotFound, "there is no mountpoint")
+            .on(shown)
+            .advise(format!("make it first: mkdir -p {shown}")),
+        _ => Error::io("cannot use the mountpoint", &error).on(shown),
+    })?;
+    if kind.is_file() {
+        return Ok(Layout::File);
+    }
+    if !kind.is_dir() {
+        return Err(Error::usage("the mountpoint is neither a directory nor a regular file:").on(shown));
+    }
+    let mut entries = std::fs::read_dir(path).map_err(|error| Error::io("cannot read the mountpoint", &error).on(shown))?;
+    if entries.next().is_some() {
+        return Err(Error::new(ErrorKind::Exists, "the mountpoint is not empty:")
+            .on(shown)
+            .advise("a mount would hide what is in it: choose an empty directory"));
+    }
+    Ok(Layout::Directory)
+}
+
+/// True unless the mount's server and keeper are both gone. Never waits for them.
+pub fn is_alive(entry: &MountEntry) -> bool {
+    match holders::connection_is_kept(entry) {
+        // Processes of other users cannot be looked into, so that "nobody" may be wrong there.
+        Some(false) if may_see_all(entry) => false,
+        Some(true) => true,
+        _ => helpers::probe(&entry.mountpoint),
+    }
+}
+
+fn may_see_all(entry: &MountEntry) -> bool {
+    let me = nix::unistd::geteuid();
+    me.is_root() || entry.user_id == Some(me.as_raw())
+}
+
+/// Detaches a stale mount of ours.
+///
+/// # Errors
+/// It is another user's.
+pub fn clean(entry: MountEntry) -> Result<()> {
+    log::warn!("removing the stale mount at {}", entry.mountpoint.display());
+    Point::of(entry)?.unmount(How::Stale)
+}

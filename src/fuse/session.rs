@@ -1,0 +1,101 @@
+//! Serving a connection that is alive: the one way in which every server starts, the first one too.
+//!
+//! ```text
+//! socketpair:  [ours] <--- synthetic FUSE_INIT, answer ---> [session]      the library shakes hands with itself
+//! dup3:        /dev/fuse takes the place of [session]                      the library does not notice
+//! RESEND:      what the last server read and did not answer is queued again
+//! run:         each thread allocates its buffer (populated), then reads
+//! ```
+//!
+//! RESEND goes out before the first read: requests that this server has read must not be sent to it a second time. The
+//! buffers are populated by the allocator ([`crate::sys::populate`]) before the thread that owns one can read into it, so no
+//! request ever meets a page that is not there.
+//!
+//! Every request is answered in the thread that read it. When the connection has ended there is nothing left unanswered.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::thread::JoinHandle;
+
+use fuser::{Config, Session, SessionACL};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, socketpair};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::fuse::filesystem::{DiskFilesystem, Disks};
+use crate::fuse::init::{Negotiated, resend};
+use crate::sys::descriptor;
+
+/// A connection that is being served.
+#[derive(Debug)]
+pub struct ServingSession {
+    runner: JoinHandle<std::io::Result<()>>,
+}
+
+impl ServingSession {
+    /// Serves `disks` on the live connection `fuse_fd` with `threads` threads, at least one. Requests that the last server
+    /// left unanswered are sent again by the kernel: that server must have been reaped.
+    ///
+    /// # Errors
+    /// Descriptors or threads ran out. The connection is as it was.
+    pub fn start(fuse_fd: OwnedFd, negotiated: &Negotiated, disks: Disks, threads: usize) -> Result<Self> {
+        let failed = |error: &std::io::Error| Error::io("cannot start to serve the mount", error);
+        let (ours, theirs) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+                .map_err(|errno| failed(&errno.into()))?;
+        nix::unistd::write(&ours, &negotiated.synthetic_request()).map_err(|errno| failed(&errno.into()))?;
+
+        let mut config = Config::default();
+        config.n_threads = Some(threads.max(1));
+        config.acl = SessionACL::All;
+        let session = Session::from_fd(DiskFilesystem::new(disks), theirs, SessionACL::All, config)
+            .map_err(|error| failed(&error))?;
+        check_handshake(&ours)?;
+
+        descriptor::replace(session.as_fd(), fuse_fd.as_fd()).map_err(|error| failed(&error))?;
+        drop(ours);
+        if negotiated.has_resend() {
+            match resend(fuse_fd.as_fd()) {
+                // The connection ended meanwhile: `run` finds out.
+                Ok(()) | Err(_) if connection_ended(&fuse_fd) => {}
+                Ok(()) => {}
+                Err(error) => return Err(failed(&error)),
+            }
+        }
+        drop(fuse_fd);
+        let runner = std::thread::Builder::new()
+            .name("fuse-session".into())
+            .spawn(move || session.run())
+            .map_err(|error| failed(&error))?;
+        Ok(ServingSession { runner })
+    }
+
+    /// Waits until the connection has ended: unmounted, or aborted. Then every request was answered.
+    ///
+    /// # Errors
+    /// The session gave up although the connection lives; another server can go on with it.
+    pub fn wait(self) -> Result<()> {
+        match self.runner.join() {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => Err(Error::io("cannot go on serving the mount", &error)),
+            Err(_) => Err(Error::new(ErrorKind::Failed, "a thread that served the mount panicked")),
+        }
+    }
+}
+
+/// Reads the library's answer to the synthetic FUSE_INIT: a header whose second word is the error.
+fn check_handshake(ours: &OwnedFd) -> Result<()> {
+    use std::os::fd::AsRawFd;
+    let mut answer = [0; 256];
+    let len = recv(ours.as_raw_fd(), &mut answer, MsgFlags::MSG_DONTWAIT).unwrap_or(0);
+    match answer[..len].get(4..8) {
+        Some([0, 0, 0, 0]) => Ok(()),
+        _ => Err(Error::new(ErrorKind::Failed, "the FUSE library refused the connection's parameters")),
+    }
+}
+
+/// True once the kernel has ended the connection behind `fuse_fd` (unmounted or aborted): poll(2) then says POLLERR.
+pub fn connection_ended(fuse_fd: &OwnedFd) -> bool {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    let mut polled = [PollFd::new(fuse_fd.as_fd(), PollFlags::empty())];
+    poll(&mut polled, PollTimeout::ZERO).is_ok()
+        && polled[0].revents().is_some_and(|events| events.intersects(PollFlags::POLLERR | PollFlags::POLLHUP))
+}

@@ -20,7 +20,8 @@ pub fn mount(mountpoint: &Path, options: &OsStr) -> Result<OwnedFd> {
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC)
         .map_err(|errno| Error::io("cannot make a socket pair", &errno.into()))?;
     // It sends the connection to the descriptor that _FUSE_COMMFD names: here its standard input.
-    let output = command().env("_FUSE_COMMFD", "0").stdin(theirs).arg("-o").arg(options).arg("--").arg(mountpoint).output();
+    let output =
+        command().env("_FUSE_COMMFD", "0").stdin(theirs).arg("-o").arg(options).arg("--").arg(mountpoint).output();
     let output = output.map_err(|error| cannot_run(&error))?;
     if !output.status.success() {
         return Err(said("cannot mount", mountpoint, &output));

@@ -40,7 +40,8 @@ pub fn probe(mountpoint: &Path) -> bool {
 /// disk may be one that this user must not read.
 pub fn check_main(paths: &[OsString]) -> u8 {
     for path in paths {
-        let looked = std::fs::metadata(path).map(|_| ()).and_then(|()| File::open(path)?.read_at(&mut [0; 512], 0).map(|_| ()));
+        let looked =
+            std::fs::metadata(path).map(|_| ()).and_then(|()| File::open(path)?.read_at(&mut [0; 512], 0).map(|_| ()));
         if let Err(error) = looked {
             let errno = error.raw_os_error().unwrap_or(libc::EIO);
             if matches!(errno, libc::ENOTCONN | libc::ECONNABORTED | libc::ENODEV | libc::ENOENT | libc::ESTALE) {

@@ -43,14 +43,8 @@ const HAS_RESEND: u64 = 1 << 39;
 /// All that is ever asked for. Not in it, and never to be: WRITEBACK_CACHE (it hides writes), OVER_IO_URING (requests die
 /// with their ring), SETXATTR_EXT (another request layout), POSIX_LOCKS and FLOCK_LOCKS (guests' locks stay in the kernel
 /// and survive us), ATOMIC_O_TRUNC (an open would change the disk), REQUEST_TIMEOUT (it would kill a slow disk).
-const WANTED: u64 = ASYNC_READ
-    | BIG_WRITES
-    | ASYNC_DIO
-    | PARALLEL_DIROPS
-    | MAX_PAGES
-    | INIT_EXT
-    | DIRECT_IO_ALLOW_MMAP
-    | HAS_RESEND;
+const WANTED: u64 =
+    ASYNC_READ | BIG_WRITES | ASYNC_DIO | PARALLEL_DIROPS | MAX_PAGES | INIT_EXT | DIRECT_IO_ALLOW_MMAP | HAS_RESEND;
 
 /// Longest payload of a write, and of a read.
 pub const MAX_TRANSFER_BYTES: u32 = 1 << 20;
@@ -195,7 +189,10 @@ pub fn check_request_timeouts() -> Result<()> {
         if !matches!(value.trim(), "" | "0") {
             return Err(Error::new(
                 ErrorKind::Unsupported,
-                format!("the setting fs.fuse.{name} is {}: the kernel would end this mount when a request takes long", value.trim()),
+                format!(
+                    "the setting fs.fuse.{name} is {}: the kernel would end this mount when a request takes long",
+                    value.trim()
+                ),
             )
             .advise(format!("set it to 0: sysctl -w fs.fuse.{name}=0")));
         }

@@ -12,39 +12,30 @@
 
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::Child;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::{SigSet, Signal, kill};
+use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::unistd::Pid;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::fuse::helpers;
 use crate::fuse::init::{Negotiated, negotiate};
-use crate::fuse::link::{Link, ToKeeper, ToLauncher, ToServer, WireError};
+use crate::fuse::link::{Link, ToKeeper, ToServer, WireError};
 use crate::fuse::mount::{How, Point, mount};
+use crate::fuse::server_process::{Parked, Server, describe};
 use crate::fuse::session::connection_ended;
-use crate::fuse::{VERB_SERVER, helpers};
-use crate::image::DescriptorRole;
+use crate::fuse::waiting::Waiting;
 use crate::server::config::MountConfig;
 use crate::sys::process::set_io_flusher;
 
-/// A server that served for less than this is started again with a delay: a request may be what kills it.
+/// A server that served for less than this, and answered nothing, is started again with a delay: a request may be what
+/// kills it.
 const SERVED_WELL: Duration = Duration::from_secs(1);
 const DELAY_MIN: Duration = Duration::from_millis(100);
 const DELAY_MAX: Duration = Duration::from_secs(5);
-/// How long a server may take to leave after a failed start, before it is killed.
-const LEAVE_LIMIT: Duration = Duration::from_secs(5);
-
-/// Whoever waits for the start.
-enum Waiting<'a> {
-    Launcher(Link),
-    Callback(Box<dyn FnOnce(&[PathBuf]) + 'a>),
-    Nobody,
-}
 
 struct Kept {
     fd: OwnedFd,
@@ -52,26 +43,16 @@ struct Kept {
     point: Point,
 }
 
-struct Server {
-    child: Child,
-    link: Link,
-    /// The server closed its end.
-    silent: bool,
-    serving_since: Option<Instant>,
-    /// What it said before it left.
-    failure: Option<Error>,
-}
-
 enum Purpose {
     Check(Vec<PathBuf>),
-    Unmount,
+    Unmount(How),
 }
 
 struct Keeper<'a> {
     config: MountConfig,
     waiting: Waiting<'a>,
     signals: SignalFd,
-    parked: Vec<(String, DescriptorRole, OwnedFd)>,
+    parked: Vec<Parked>,
     kept: Option<Kept>,
     server: Option<Server>,
     helper: Option<(Purpose, Child)>,
@@ -81,6 +62,8 @@ struct Keeper<'a> {
     last_exit: Option<String>,
     delay: Duration,
     restart_at: Option<Instant>,
+    /// The mount was ended by force: whatever the server does now is its end.
+    aborted: bool,
     /// A signal that arrived while no server served.
     held_signal: Option<Signal>,
 }
@@ -105,11 +88,7 @@ fn main_detached() -> Result<()> {
 }
 
 /// Becomes the keeper of `config`, in this process.
-pub(super) fn run_foreground<'a>(config: &MountConfig, on_ready: impl FnOnce(&[PathBuf]) + 'a) -> Result<()> {
-    run(config.clone(), Waiting::Callback(Box::new(on_ready)))
-}
-
-fn run(config: MountConfig, waiting: Waiting<'_>) -> Result<()> {
+pub(super) fn run(config: MountConfig, waiting: Waiting<'_>) -> Result<()> {
     // Inherited by every server. Allowed to root only; without it the disk works all the same.
     let _ = set_io_flusher();
     let _ = fs::write("/proc/self/oom_score_adj", "-900");
@@ -133,6 +112,7 @@ fn run(config: MountConfig, waiting: Waiting<'_>) -> Result<()> {
         last_exit: None,
         delay: Duration::ZERO,
         restart_at: None,
+        aborted: false,
         held_signal: None,
     };
     let result = keeper.start_server().and_then(|()| keeper.watch());
@@ -168,7 +148,7 @@ impl Keeper<'_> {
         }
     }
 
-    /// Waits for a signal, a message or the time of a restart. Which of server and launcher have something to say.
+    /// Waits for something to do: whether the server and the launcher have something to say.
     fn wait(&self) -> [bool; 2] {
         let timeout = match self.restart_at {
             Some(at) => PollTimeout::try_from(at.saturating_duration_since(Instant::now()) + Duration::from_millis(1)),
@@ -192,27 +172,20 @@ impl Keeper<'_> {
         let signal = match i32::try_from(number).ok().and_then(|number| Signal::try_from(number).ok()) {
             Some(signal @ (Signal::SIGTERM | Signal::SIGINT)) => signal,
             // A terminal that is closed under a keeper in the foreground.
-            Some(Signal::SIGHUP) if matches!(self.waiting, Waiting::Callback(_)) || self.config.foreground => Signal::SIGTERM,
+            Some(Signal::SIGHUP) if self.config.foreground => Signal::SIGTERM,
             _ => return Ok(()),
         };
         if !self.ready {
             return Err(Error::new(ErrorKind::Failed, "the mount was given up: a signal arrived before it was ready"));
         }
         match &self.server {
-            Some(server) if server.serving_since.is_some() => send_signal(&server.child, signal),
+            Some(server) if server.serving_since.is_some() => server.signal(signal),
             _ => self.held_signal = Some(signal),
         }
         Ok(())
     }
 
     fn start_server(&mut self) -> Result<()> {
-        let failed = |error: std::io::Error| Error::io("cannot start the server process", &error);
-        let (link, theirs) = Link::pair()?;
-        let mut command = Command::new("/proc/self/exe");
-        command.arg0("livemirror").arg(VERB_SERVER).stdin(theirs).stdout(Stdio::null());
-        // A group of its own: Ctrl-C reaches it through the keeper only.
-        let child = command.process_group(0).current_dir("/").spawn().map_err(failed)?;
-        drop(command);
         let start = ToServer::Start {
             config: self.config.clone(),
             first: self.kept.is_none(),
@@ -220,16 +193,7 @@ impl Keeper<'_> {
             last_exit: self.last_exit.clone(),
             parked: self.parked.len(),
         };
-        // Should the server be dead already, the loop finds out.
-        let mut sent = link.send(&start, None);
-        for (volume, role, descriptor) in &self.parked {
-            let message = ToServer::Parked { volume: volume.clone(), role: *role };
-            sent = sent.and_then(|()| link.send(&message, Some(descriptor.as_fd())));
-        }
-        if let Err(error) = sent {
-            log::warn!("{error}");
-        }
-        self.server = Some(Server { child, link, silent: false, serving_since: None, failure: None });
+        self.server = Some(Server::start(&start, &self.parked)?);
         Ok(())
     }
 
@@ -245,8 +209,11 @@ impl Keeper<'_> {
             }
             Ok(Some((ToKeeper::Opened, _))) => return self.hand_over(),
             Ok(Some((ToKeeper::Serving { paths }, _))) => return self.on_serving(paths),
+            Ok(Some((ToKeeper::Answered, _))) => server.answered = true,
             Ok(Some((ToKeeper::Failed(error), _))) => server.failure = Some(error.into()),
-            Ok(Some((ToKeeper::Unmount { abort }, _))) => self.start_unmount(if abort { How::Abort } else { How::Plain }),
+            Ok(Some((ToKeeper::Unmount { abort }, _))) => {
+                self.start_unmount(if abort { How::Abort } else { How::Plain })
+            }
             Ok(Some((ToKeeper::Park { .. }, None))) => log::warn!("the server parked nothing"),
             Ok(None) => server.silent = true,
             Err(error) => log::warn!("{error}"),
@@ -291,7 +258,7 @@ impl Keeper<'_> {
         server.serving_since = Some(Instant::now());
         let server_pid = server.child.id();
         if let Some(signal) = self.held_signal.take() {
-            send_signal(&server.child, signal);
+            server.signal(signal);
         }
         if let Some(path) = &self.config.pidfile {
             if let Err(error) = fs::write(path, format!("{server_pid}\n")) {
@@ -315,11 +282,10 @@ impl Keeper<'_> {
             (Some(kept), None) => kept.point.unmount_command(how),
             _ => Err(Error::not_now("the mount is busy with its own start or end")),
         };
-        let spawned = command.and_then(|mut command| {
-            command.spawn().map_err(|error| super::fusermount::cannot_run(&error))
-        });
+        let spawned =
+            command.and_then(|mut command| command.spawn().map_err(|error| super::fusermount::cannot_run(&error)));
         match spawned {
-            Ok(child) => self.helper = Some((Purpose::Unmount, child)),
+            Ok(child) => self.helper = Some((Purpose::Unmount(how), child)),
             Err(error) => self.tell_server(&ToServer::Unmounted(Some(WireError::from(&error))), None),
         }
     }
@@ -335,22 +301,16 @@ impl Keeper<'_> {
         match purpose {
             Purpose::Check(paths) if output.status.success() => {
                 self.ready = true;
-                match std::mem::replace(&mut self.waiting, Waiting::Nobody) {
-                    Waiting::Launcher(link) => {
-                        // A launcher that died by now leaves a mount that works.
-                        let _ = link.send(&ToLauncher::Ready { paths }, None);
-                    }
-                    Waiting::Callback(tell) => tell(&paths),
-                    Waiting::Nobody => {}
-                }
+                std::mem::replace(&mut self.waiting, Waiting::Nobody).tell_ready(paths);
             }
             Purpose::Check(paths) => {
                 let errno = std::io::Error::from_raw_os_error(output.status.code().unwrap_or(libc::EIO));
                 let path = paths.first().map(|path| path.display().to_string()).unwrap_or_default();
                 return Err(Error::io("the new disk does not answer:", &errno).on(path));
             }
-            Purpose::Unmount => {
+            Purpose::Unmount(how) => {
                 let result = self.kept.as_ref().map_or(Ok(()), |kept| kept.point.unmount_result(&output));
+                self.aborted |= how == How::Abort && result.is_ok();
                 let error = result.err().map(|error| WireError::from(&error));
                 self.tell_server(&ToServer::Unmounted(error), None);
             }
@@ -376,7 +336,7 @@ impl Keeper<'_> {
         let Some(kept) = self.kept.as_ref().filter(|_| self.ready) else {
             return Err(server.failure.unwrap_or_else(|| Error::new(ErrorKind::Failed, format!("the server {exit}"))));
         };
-        if connection_ended(&kept.fd) {
+        if self.aborted || connection_ended(&kept.fd) {
             if !status.success() {
                 log::warn!("the mount has ended, and the server {exit}");
             }
@@ -391,7 +351,7 @@ impl Keeper<'_> {
         log::warn!("the server {exit}: starting it again");
         self.restarts += 1;
         self.last_exit = Some(exit);
-        if server.serving_since.is_some_and(|since| since.elapsed() >= SERVED_WELL) {
+        if server.answered || server.serving_since.is_some_and(|since| since.elapsed() >= SERVED_WELL) {
             self.delay = Duration::ZERO;
             self.restart_at = Some(Instant::now());
         } else {
@@ -426,41 +386,13 @@ impl Keeper<'_> {
             }
         }
         if let Some(server) = self.server.take() {
-            end_server(server);
+            server.dismiss();
         }
         if let Some(path) = self.config.pidfile.as_ref().filter(|_| self.ready || result.is_err()) {
             let _ = fs::remove_file(path);
         }
-        if let (Err(error), Waiting::Launcher(link)) = (result, &self.waiting) {
-            let _ = link.send(&ToLauncher::Failed(WireError::from(error)), None);
+        if let Err(error) = result {
+            self.waiting.tell_failed(error);
         }
-    }
-}
-
-/// Lets a server that never got to serve leave, and reaps it. Without link and connection it has nothing to stay for.
-fn end_server(server: Server) {
-    let Server { mut child, link, .. } = server;
-    drop(link);
-    let asked = Instant::now();
-    while asked.elapsed() < LEAVE_LIMIT {
-        if !matches!(child.try_wait(), Ok(None)) {
-            return;
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    let _ = child.kill();
-    let _ = child.wait();
-}
-
-fn send_signal(child: &Child, signal: Signal) {
-    if let Ok(pid) = i32::try_from(child.id()) {
-        let _ = kill(Pid::from_raw(pid), signal);
-    }
-}
-
-fn describe(status: ExitStatus) -> String {
-    match status.signal().map(|number| Signal::try_from(number).map_or("an unknown signal", Signal::as_str)) {
-        Some(signal) => format!("was killed by {signal}"),
-        None => format!("exited with code {}", status.code().unwrap_or(-1)),
     }
 }

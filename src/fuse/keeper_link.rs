@@ -13,11 +13,15 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use parking_lot::Mutex;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::fuse::filesystem::has_answered;
 use crate::fuse::init::Negotiated;
 use crate::fuse::link::{Link, ToKeeper, ToServer, WireError};
 use crate::fuse::mount::{How, Point};
 use crate::image::DescriptorRole;
 use crate::server::config::MountConfig;
+
+/// How often to look for the first reply.
+const FIRST_REPLY_POLL_MS: u8 = 10;
 
 /// What a server starts from.
 #[derive(Debug)]
@@ -139,7 +143,8 @@ impl KeeperLink {
     }
 
     /// Unmounts, through the keeper. Flushing and saving come first and are the caller's. Do not call it from a thread that
-    /// answers requests: the unmount may need one. On success the session ends on its own.
+    /// answers requests: the unmount may need one. On success the session ends on its own; after an abort that the kernel
+    /// offered no switch for (see [`Point::abort`]) it ends when this process leaves, which it should then do at once.
     ///
     /// # Errors
     /// [`ErrorKind::NotNow`]: the disks are in use, nothing changed.
@@ -174,10 +179,13 @@ impl KeeperLink {
         known && polled[0].revents().is_some_and(|events| events.intersects(PollFlags::POLLHUP | PollFlags::POLLERR))
     }
 
-    /// Logs the keeper's death when it happens, from a thread of its own.
+    /// Watches from a thread of its own: tells the keeper when this server has answered its first request (a server that
+    /// dies before is not restarted at once), and logs the keeper's death when it happens. Once, after the session's start.
     pub fn watch(self: &Arc<Self>) {
         let link = Arc::clone(self);
         let spawned = std::thread::Builder::new().name("keeper-watch".into()).stack_size(128 << 10).spawn(move || {
+            while !has_answered() && !link.hung_up(PollTimeout::from(FIRST_REPLY_POLL_MS)) {}
+            let _ = link.link.send(&ToKeeper::Answered, None);
             while !link.hung_up(PollTimeout::NONE) {}
             link.gone.store(true, Ordering::Relaxed);
             log::warn!("the keeper of this mount died: the disks stay usable, but nobody will restart this server");

@@ -9,6 +9,7 @@ use std::process::{Command, Stdio};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::link::{Link, ToLauncher};
+use crate::fuse::waiting::Waiting;
 use crate::fuse::{VERB_KEEPER, init, keeper, mountpoint};
 use crate::server::config::MountConfig;
 
@@ -34,7 +35,7 @@ pub fn launch(config: &MountConfig) -> Result<Vec<PathBuf>> {
 /// Whatever made it fail, or end.
 pub fn run_foreground(config: &MountConfig, on_ready: impl FnOnce(&[PathBuf])) -> Result<()> {
     check(config)?;
-    keeper::run_foreground(config, on_ready)
+    keeper::run(config.clone(), Waiting::Caller(Box::new(on_ready)))
 }
 
 fn check(config: &MountConfig) -> Result<()> {

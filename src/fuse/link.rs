@@ -19,6 +19,7 @@ use std::io::IoSlice;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
+use nix::sys::signal::SigSet;
 use nix::sys::socket::{AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, socketpair};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -139,6 +140,8 @@ pub enum ToKeeper {
         /// The disks' paths.
         paths: Vec<PathBuf>,
     },
+    /// A first request was answered.
+    Answered,
     /// The server is about to leave because of this.
     Failed(WireError),
     /// Unmount.
@@ -165,12 +168,15 @@ impl Link {
         Ok((Link { socket: ours }, theirs))
     }
 
-    /// The end that this process got as its standard input, which becomes /dev/null.
+    /// The end that this process got as its standard input, which becomes /dev/null. Signals that its parent had blocked are
+    /// unblocked: call it before any thread is made.
     ///
     /// # Errors
     /// Standard input cannot be replaced.
     pub fn from_stdin() -> Result<Link> {
         let failed = |error: std::io::Error| Error::io("cannot take over the standard input", &error);
+        // A keeper takes its signals from a descriptor, so it blocks them, and a child inherits that.
+        SigSet::empty().thread_set_mask().map_err(|errno| failed(errno.into()))?;
         let socket = std::io::stdin().as_fd().try_clone_to_owned().map_err(failed)?;
         let null = std::fs::File::open("/dev/null").map_err(failed)?;
         nix::unistd::dup2_stdin(&null).map_err(|errno| failed(errno.into()))?;

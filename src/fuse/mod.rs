@@ -15,7 +15,8 @@
 //! - a server is replaced by the same path that started the first one ([`session`]);
 //! - every request is answered in the thread that read it, so that a server's end never drops a reply.
 
-pub mod filesystem;
+mod disks;
+mod filesystem;
 mod fusermount;
 pub mod helpers;
 pub mod holders;
@@ -28,9 +29,11 @@ pub mod mount;
 pub mod mountinfo;
 pub mod mountpoint;
 mod read_buffer;
+mod server_process;
 pub mod session;
+mod waiting;
 
-pub use filesystem::Disks;
+pub use disks::Disks;
 pub use keeper_link::{Connection, KeeperLink, Start};
 pub use session::ServingSession;
 

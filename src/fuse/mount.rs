@@ -100,10 +100,8 @@ fn mount_as_root(config: &MountConfig, target: &OwnedFd) -> Result<OwnedFd> {
         Layout::File => libc::S_IFREG,
     };
     let [uid, gid] = [nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw()];
-    let mut data = format!(
-        "fd={},rootmode={root_mode:o},user_id={uid},group_id={gid},default_permissions",
-        device.as_raw_fd()
-    );
+    let mut data =
+        format!("fd={},rootmode={root_mode:o},user_id={uid},group_id={gid},default_permissions", device.as_raw_fd());
     if config.allow_other {
         data.push_str(",allow_other");
     }
@@ -185,8 +183,9 @@ impl Point {
     /// # Errors
     /// Its parent directory cannot be opened.
     pub fn of(entry: MountEntry) -> Result<Point> {
-        let (parent, name) = open_parent(&entry.mountpoint)
-            .map_err(|error| Error::io("cannot open the directory of", &error).on(entry.mountpoint.display().to_string()))?;
+        let (parent, name) = open_parent(&entry.mountpoint).map_err(|error| {
+            Error::io("cannot open the directory of", &error).on(entry.mountpoint.display().to_string())
+        })?;
         Ok(Point { parent, name, entry })
     }
 
@@ -209,7 +208,11 @@ impl Point {
         let mut command = if nix::unistd::geteuid().is_root() {
             let parent = self.parent.try_clone().map_err(|error| Error::io("cannot unmount", &error))?;
             let mut command = Command::new("/proc/self/exe");
-            command.arg(VERB_UNMOUNT).arg(if how == How::Plain { "plain" } else { "force" }).arg(&self.name).stdin(parent);
+            command
+                .arg(VERB_UNMOUNT)
+                .arg(if how == How::Plain { "plain" } else { "force" })
+                .arg(&self.name)
+                .stdin(parent);
             command
         } else {
             fusermount::unmount_command(&self.entry.mountpoint, how != How::Plain)
@@ -230,10 +233,16 @@ impl Point {
             Some(0) => Ok(()),
             Some(libc::EBUSY) => Err(busy(&self.entry.mountpoint)),
             // The verb's exit code is the errno.
-            Some(errno) => Err(Error::io("cannot unmount", &std::io::Error::from_raw_os_error(errno))
-                .on(self.entry.mountpoint.display().to_string())),
-            None => Err(Error::new(ErrorKind::Failed, "the unmount was interrupted at")
-                .on(self.entry.mountpoint.display().to_string())),
+            Some(errno) => Err(Error::io("cannot unmount", &std::io::Error::from_raw_os_error(errno)).on(self
+                .entry
+                .mountpoint
+                .display()
+                .to_string())),
+            None => Err(Error::new(ErrorKind::Failed, "the unmount was interrupted at").on(self
+                .entry
+                .mountpoint
+                .display()
+                .to_string())),
         }
     }
 
@@ -256,10 +265,9 @@ impl Point {
                 true
             }
             Err(error) => {
-                log::warn!(
-                    "cannot use {switch} ({error}): {} is detached instead; who has it open gets errors once the server is gone",
-                    self.entry.mountpoint.display()
-                );
+                let error = Error::io("cannot write", &error).on(switch);
+                let path = self.entry.mountpoint.display();
+                log::warn!("{error}: {path} is detached instead; who has it open gets errors once the server is gone");
                 false
             }
         }

@@ -23,9 +23,11 @@ pub fn inspect(mountpoint: &Path) -> Result<Layout> {
                 if is_alive(&entry) {
                     return Err(Error::new(
                         ErrorKind::Exists,
-                        format!("already mounted: {shown} is a livemirror mount of {}", entry.fsname.display()),
+                        format!("already mounted: {shown} is a livemirror mount of {}", entry.fsname.to_string_lossy()),
                     )
-                    .advise(format!("see it with: livemirror status {shown}; end it with: livemirror unmount {shown}")));
+                    .advise(format!(
+                        "see it with: livemirror status {shown}; end it with: livemirror unmount {shown}"
+                    )));
                 }
                 clean(entry)?;
             }
@@ -43,8 +45,11 @@ pub fn inspect(mountpoint: &Path) -> Result<Layout> {
 
 fn inspect_plain(table: &MountTable, path: &Path, shown: &str) -> Result<Layout> {
     if let Some(entry) = table.at(path) {
-        return Err(Error::new(ErrorKind::Exists, format!("already mounted: {shown} holds {}", entry.fstype.display()))
-            .advise("choose another mountpoint, or unmount that one first"));
+        return Err(Error::new(
+            ErrorKind::Exists,
+            format!("already mounted: {shown} holds {}", entry.fstype.to_string_lossy()),
+        )
+        .advise("choose another mountpoint, or unmount that one first"));
     }
     let kind = std::fs::symlink_metadata(path).map_err(|error| match error.kind() {
         std::io::ErrorKind::NotFound => Error::new(ErrorKind::NotFound, "there is no mountpoint")
@@ -58,7 +63,8 @@ fn inspect_plain(table: &MountTable, path: &Path, shown: &str) -> Result<Layout>
     if !kind.is_dir() {
         return Err(Error::usage("the mountpoint is neither a directory nor a regular file:").on(shown));
     }
-    let mut entries = std::fs::read_dir(path).map_err(|error| Error::io("cannot read the mountpoint", &error).on(shown))?;
+    let mut entries =
+        std::fs::read_dir(path).map_err(|error| Error::io("cannot read the mountpoint", &error).on(shown))?;
     if entries.next().is_some() {
         return Err(Error::new(ErrorKind::Exists, "the mountpoint is not empty:")
             .on(shown)

@@ -20,7 +20,7 @@ use fuser::{Config, Session, SessionACL};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, socketpair};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::fuse::filesystem::{DiskFilesystem, Disks};
+use crate::fuse::disks::{DiskFilesystem, Disks};
 use crate::fuse::init::{Negotiated, resend};
 use crate::sys::descriptor;
 
@@ -38,26 +38,13 @@ impl ServingSession {
     /// Descriptors or threads ran out. The connection is as it was.
     pub fn start(fuse_fd: OwnedFd, negotiated: &Negotiated, disks: Disks, threads: usize) -> Result<Self> {
         let failed = |error: &std::io::Error| Error::io("cannot start to serve the mount", error);
-        let (ours, theirs) =
-            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
-                .map_err(|errno| failed(&errno.into()))?;
-        nix::unistd::write(&ours, &negotiated.synthetic_request()).map_err(|errno| failed(&errno.into()))?;
-
-        let mut config = Config::default();
-        config.n_threads = Some(threads.max(1));
-        config.acl = SessionACL::All;
-        let session = Session::from_fd(DiskFilesystem::new(disks), theirs, SessionACL::All, config)
-            .map_err(|error| failed(&error))?;
-        check_handshake(&ours)?;
-
+        let session = shake_hands(negotiated, disks, threads)?;
         descriptor::replace(session.as_fd(), fuse_fd.as_fd()).map_err(|error| failed(&error))?;
-        drop(ours);
         if negotiated.has_resend() {
             match resend(fuse_fd.as_fd()) {
-                // The connection ended meanwhile: `run` finds out.
-                Ok(()) | Err(_) if connection_ended(&fuse_fd) => {}
-                Ok(()) => {}
-                Err(error) => return Err(failed(&error)),
+                // If the connection has ended meanwhile, `run` finds out.
+                Err(error) if !connection_ended(&fuse_fd) => return Err(failed(&error)),
+                _ => {}
             }
         }
         drop(fuse_fd);
@@ -81,6 +68,22 @@ impl ServingSession {
     }
 }
 
+/// A session that believes to have a fresh connection: it has answered the synthetic FUSE_INIT, on one end of a socket pair.
+fn shake_hands(negotiated: &Negotiated, disks: Disks, threads: usize) -> Result<Session<DiskFilesystem>> {
+    let failed = |error: &std::io::Error| Error::io("cannot start to serve the mount", error);
+    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+        .map_err(|errno| failed(&errno.into()))?;
+    nix::unistd::write(&ours, &negotiated.synthetic_request()).map_err(|errno| failed(&errno.into()))?;
+
+    let mut config = Config::default();
+    config.n_threads = Some(threads.max(1));
+    config.acl = SessionACL::All;
+    let session = Session::from_fd(DiskFilesystem::new(disks), theirs, SessionACL::All, config)
+        .map_err(|error| failed(&error))?;
+    check_handshake(&ours)?;
+    Ok(session)
+}
+
 /// Reads the library's answer to the synthetic FUSE_INIT: a header whose second word is the error.
 fn check_handshake(ours: &OwnedFd) -> Result<()> {
     use std::os::fd::AsRawFd;
@@ -98,4 +101,37 @@ pub fn connection_ended(fuse_fd: &OwnedFd) -> bool {
     let mut polled = [PollFd::new(fuse_fd.as_fd(), PollFlags::empty())];
     poll(&mut polled, PollTimeout::ZERO).is_ok()
         && polled[0].revents().is_some_and(|events| events.intersects(PollFlags::POLLERR | PollFlags::POLLHUP))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::memory::MemoryImage;
+    use crate::server::config::Layout;
+    use crate::sys::populate::populated_buffers;
+    use crate::volume::{Volume, VolumeOptions};
+
+    #[test]
+    fn the_library_answers_itself_and_reads_into_populated_buffers() {
+        let options = VolumeOptions {
+            name: "os.img".into(),
+            id: "id".into(),
+            read_only: false,
+            growable: false,
+            shown: crate::volume::ShownAttributes::default(),
+        };
+        let volume = Volume::new(options, MemoryImage::new("os.img", 1 << 20));
+        let disks = Disks { layout: Layout::File, volumes: vec![volume.into()] };
+        let negotiated = Negotiated {
+            kernel_minor: 45,
+            kernel_flags: u64::MAX,
+            flags: u64::MAX,
+            max_readahead_bytes: 131_072,
+            max_write_bytes: 1 << 20,
+        };
+        let before = populated_buffers();
+        shake_hands(&negotiated, disks, 2).unwrap();
+        // The library still asks for buffers of the size that the allocator knows them by.
+        assert!(populated_buffers() > before);
+    }
 }

@@ -1,0 +1,127 @@
+//! The commands that QEMU does not have, for the command line.
+//!
+//! | command | arguments | return |
+//! |---|---|---|
+//! | `livemirror-status` | | [`MountStatus`](super::backend::MountStatus) |
+//! | `livemirror-mirror` | `device`, `target`, [`job-id`, `format`, `existing`, `speed`, `granularity`, `buf-size`, `on-source-error`, `on-target-error`, `copy-mode`, `dry-run`] | `{}`; with `dry-run` [`MirrorPlan`](super::backend::MirrorPlan) |
+//! | `livemirror-cutover` | [`devices`, `max-pause-ms`, `patience-ms`] | list of [`CutoverReport`](super::backend::CutoverReport) |
+//! | `livemirror-finish` | `device` | `{}`; `not-now` unless ready |
+//! | `livemirror-cancel` | `device`, [`keep`] | `{}` |
+//! | `livemirror-unmount` | [`abort`] | `{}` |
+//! | `livemirror-holders` | | list of [`Holder`](super::backend::Holder) |
+//!
+//! The defaults are those of the command line, not QEMU's. `device` names a volume, not a job.
+
+use std::time::Duration;
+
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::arguments::Arguments;
+use super::backend::{Backend, CutoverRequest};
+use super::commands::Answer;
+use super::errors::QmpError;
+use super::jobs::{COPY_MODES, NewJob, check_device};
+use crate::error::{Error, ErrorKind};
+use crate::mirror::types::{CancelMode, JobInfo, JobStatus};
+
+/// The longest time that one cutover call may keep its connection.
+const PATIENCE_MAX: Duration = Duration::from_secs(60);
+
+pub(super) fn status(backend: &dyn Backend, arguments: Arguments) -> Answer {
+    arguments.finish()?;
+    to_value(&backend.status())
+}
+
+pub(super) fn mirror(backend: &dyn Backend, mut arguments: Arguments) -> Answer {
+    let job_id = arguments.optional_string("job-id")?;
+    let device = arguments.string("device")?;
+    let target = arguments.string("target")?;
+    let format = arguments.optional_string("format")?;
+    let mut job = NewJob::new(backend, device, job_id, target);
+    job.common(&mut arguments)?;
+    if let Some(mode) = arguments.choice("copy-mode", COPY_MODES)? {
+        job.options.copy_mode = mode;
+    }
+    job.options.existing = arguments.flag("existing")?.unwrap_or(false);
+    let dry_run = arguments.flag("dry-run")?.unwrap_or(false);
+    arguments.finish()?;
+    job.format(format)?;
+    job.check()?;
+    if dry_run {
+        return to_value(&backend.plan_mirror(&job.device, job.options)?);
+    }
+    backend.start_mirror(&job.device, job.options)?;
+    Ok(json!({}))
+}
+
+pub(super) fn cutover(backend: &dyn Backend, mut arguments: Arguments) -> Answer {
+    let devices = arguments.strings("devices")?.unwrap_or_default();
+    let max_pause_ms = arguments.size("max-pause-ms")?.unwrap_or(50);
+    let patience_ms = arguments.size("patience-ms")?.unwrap_or(1000);
+    arguments.finish()?;
+    for device in &devices {
+        check_device(backend, device)?;
+    }
+    let request = CutoverRequest {
+        devices,
+        max_pause: Duration::from_millis(max_pause_ms),
+        patience: Duration::from_millis(patience_ms).min(PATIENCE_MAX),
+    };
+    to_value(&backend.cutover(&request)?)
+}
+
+pub(super) fn finish(backend: &dyn Backend, mut arguments: Arguments) -> Answer {
+    let device = arguments.string("device")?;
+    arguments.finish()?;
+    let job = job_of(backend, &device)?;
+    if !job.ready {
+        let error = Error::not_now(format!("the mirror of {device} is not ready: its target is not a copy yet"));
+        return Err(error
+            .advise("wait until `livemirror status` says ready, or give up with `livemirror cancel`")
+            .into());
+    }
+    if job.state == JobStatus::Standby {
+        let error = Error::not_now(format!("the mirror of {device} is paused"));
+        return Err(error.advise("let it go on with `livemirror resume`, then finish it").into());
+    }
+    backend.cancel(&job.job_id, CancelMode::Soft, true)?;
+    Ok(json!({}))
+}
+
+pub(super) fn cancel(backend: &dyn Backend, mut arguments: Arguments) -> Answer {
+    let device = arguments.string("device")?;
+    let keep = arguments.flag("keep")?.unwrap_or(false);
+    arguments.finish()?;
+    let job = job_of(backend, &device)?;
+    backend.cancel(&job.job_id, CancelMode::Force, keep)?;
+    Ok(json!({}))
+}
+
+pub(super) fn unmount(backend: &dyn Backend, mut arguments: Arguments) -> Answer {
+    let abort = arguments.flag("abort")?.unwrap_or(false);
+    arguments.finish()?;
+    backend.unmount(abort)?;
+    Ok(json!({}))
+}
+
+pub(super) fn holders(backend: &dyn Backend, arguments: Arguments) -> Answer {
+    arguments.finish()?;
+    to_value(&backend.holders())
+}
+
+/// The mirror of a volume.
+fn job_of(backend: &dyn Backend, device: &str) -> Result<JobInfo, QmpError> {
+    check_device(backend, device)?;
+    let volumes = backend.status().volumes;
+    let volume = backend.devices().iter().position(|known| known == device).and_then(|index| volumes.get(index));
+    volume.and_then(|volume| volume.mirror.clone()).ok_or_else(|| {
+        let error = Error::new(ErrorKind::NotFound, format!("{device} has no mirror"));
+        error.advise("start one with `livemirror mirror DISK TARGET`").into()
+    })
+}
+
+fn to_value(answer: &impl Serialize) -> Result<Value, QmpError> {
+    serde_json::to_value(answer)
+        .map_err(|error| Error::new(ErrorKind::Failed, format!("cannot put the answer into JSON: {error}")).into())
+}

@@ -1,3 +1,25 @@
 //! Parse, start logging, dispatch, exit code; nothing else.
 
-fn main() {}
+use std::process::ExitCode;
+
+use clap::Parser;
+use livemirror::cli::{self, Cli};
+use livemirror::fuse;
+
+fn main() -> ExitCode {
+    let words: Vec<_> = std::env::args_os().skip(1).collect();
+    let verb = words.first().and_then(|verb| verb.to_str()).unwrap_or_default();
+    // What runs unattended logs its doings; a command says only what its user must know.
+    let level = if verb.starts_with("internal-") { "info" } else { "error" };
+    env_logger::Builder::from_env(env_logger::Env::new().filter_or("LIVEMIRROR_LOG", level)).init();
+    if let Some(code) = words.get(1..).and_then(|arguments| fuse::run_internal_verb(verb, arguments)) {
+        return ExitCode::from(code);
+    }
+    match Cli::parse().run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            cli::report(&error);
+            ExitCode::from(error.exit_code())
+        }
+    }
+}

@@ -1,0 +1,98 @@
+//! Waiting for a mirror: until it is ready, until it is gone. Shows its progress meanwhile.
+
+use std::time::Duration;
+
+use super::interrupt::Interrupt;
+use super::place::{Disk, Mount};
+use super::progress::Progress;
+use crate::error::{Error, ErrorKind, Result};
+use crate::mirror::types::{IoStatus, JobInfo, JobStatus, LastMirror, MirrorResult};
+
+/// How often the server is asked.
+const EVERY: Duration = Duration::from_millis(100);
+
+/// How the waiting for ready ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Waited {
+    /// The mirror is ready.
+    Ready,
+    /// Somebody pressed Ctrl-C; the mirror goes on.
+    Interrupted,
+}
+
+/// Waits until the mirror of `disk` is ready.
+///
+/// # Errors
+/// It failed, or was ended by somebody else. `NotNow`: an error stopped it, and it waits for somebody to resume it.
+pub fn until_ready(mount: &mut Mount, disk: &Disk, interrupt: &Interrupt, progress: &mut Progress) -> Result<Waited> {
+    loop {
+        let now = mount.disk()?.status;
+        let Some(job) = &now.mirror else { return Err(ended_early(disk, now.last_mirror.as_ref())) };
+        progress.show(&now, job);
+        if job.ready {
+            return Ok(Waited::Ready);
+        }
+        if let Some(error) = stopped(disk, job) {
+            return Err(error);
+        }
+        if job.state == JobStatus::Concluded {
+            return Err(failed(disk, job.error.as_deref().or(job.last_error.as_deref())));
+        }
+        if interrupt.came() {
+            return Ok(Waited::Interrupted);
+        }
+        std::thread::sleep(EVERY);
+    }
+}
+
+/// Waits until the job that `disk` had is gone, and returns how it ended.
+///
+/// # Errors
+/// The server does not answer any more.
+pub fn until_gone(mount: &mut Mount, disk: &Disk) -> Result<Option<LastMirror>> {
+    let Some(job) = &disk.status.mirror else { return Ok(disk.status.last_mirror.clone()) };
+    loop {
+        let now = mount.disk()?.status;
+        let there = now.mirror.as_ref().is_some_and(|other| other.job_id == job.job_id && other.target == job.target);
+        if !there {
+            return Ok(now.last_mirror);
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// The error that says that an error has stopped the mirror, if one has.
+pub fn stopped(disk: &Disk, job: &JobInfo) -> Option<Error> {
+    if job.io_status == IoStatus::Ok || !matches!(job.state, JobStatus::Paused | JobStatus::Standby) {
+        return None;
+    }
+    let reason = job.last_error.as_deref().unwrap_or("an error that is not known");
+    let path = &disk.status.disk;
+    let remedy = if job.io_status == IoStatus::Nospace { "make room" } else { "mend the cause" };
+    Some(
+        Error::not_now(format!("the mirror of {path} is stopped: {reason}"))
+            .advise(format!("{remedy}, then `livemirror resume {path}`; or give up with `livemirror cancel {path}`")),
+    )
+}
+
+/// The error of a mirror that ended before it should.
+pub fn ended_early(disk: &Disk, last: Option<&LastMirror>) -> Error {
+    match last.map(|last| last.result) {
+        Some(MirrorResult::Failed) => failed(disk, last.and_then(|last| last.error.as_deref())),
+        Some(MirrorResult::Cancelled) => {
+            Error::new(ErrorKind::Failed, "the mirror was cancelled meanwhile:").on(disk.status.disk.clone())
+        }
+        Some(MirrorResult::Completed | MirrorResult::Finished) => {
+            Error::new(ErrorKind::Failed, "the mirror was ended by another command meanwhile:")
+                .on(disk.status.disk.clone())
+                .advise(format!("`livemirror status {}` shows how", disk.status.disk))
+        }
+        None => disk.no_mirror(),
+    }
+}
+
+fn failed(disk: &Disk, error: Option<&str>) -> Error {
+    let reason = error.unwrap_or("the server does not say why; its log may");
+    Error::new(ErrorKind::Failed, format!("the mirror of {} failed: {reason}", disk.status.disk))
+        .advise("the guest is not affected, its disk is still the source; remove the cause and start the mirror again")
+}

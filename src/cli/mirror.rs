@@ -1,0 +1,196 @@
+//! `livemirror mirror`: starts the mirror of a disk.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value};
+
+use super::follow::{self, Waited};
+use super::interrupt::Interrupt;
+use super::place::{self, Disk, Mount};
+use super::progress::Progress;
+use super::units;
+use crate::control::backend::MirrorPlan;
+use crate::error::{Error, ErrorKind, Result};
+use crate::fuse::mountinfo::{MountTable, Place};
+
+/// Starts a mirror: TARGET becomes, and stays, the same as the disk while the guest goes on.
+///
+/// Returns once every write is tracked. `livemirror cutover` then moves the guest to TARGET, `livemirror finish` ends with a
+/// consistent copy.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  livemirror mirror /mnt/vm/os.img /new/os.img
+  livemirror mirror /mnt/vm /new/ --speed 200M --wait
+  livemirror mirror /mnt/vm/os.img /dev/vg0/os --existing")]
+pub struct Arguments {
+    /// A mounted disk, or the mountpoint if there is one disk.
+    disk: PathBuf,
+    /// The new image; a directory stands for the source's name in it.
+    target: PathBuf,
+    #[command(flatten)]
+    options: MirrorArguments,
+    /// Shows how much would be copied, whether it has room, and how long it may take; changes nothing.
+    #[arg(long)]
+    dry_run: bool,
+    /// Shows the progress until the mirror is ready. Ctrl-C ends the waiting, not the mirror.
+    #[arg(long, conflicts_with = "dry_run")]
+    wait: bool,
+}
+
+/// What a mirror can be told, by `mirror` and by `move`.
+#[derive(Debug, clap::Args)]
+pub struct MirrorArguments {
+    /// The target's format; otherwise as its name says.
+    #[arg(long, value_parser = ["raw", "qcow2"])]
+    format: Option<String>,
+    /// background: the guest waits for the source only. write-blocking: it waits for both images. auto: the mirror chooses.
+    #[arg(long, value_parser = ["auto", "background", "write-blocking"], default_value = "auto")]
+    copy_mode: String,
+    /// The unit in which changes are tracked, a power of two from 512 to 64M [default: 64K].
+    #[arg(long, value_name = "SIZE", value_parser = units::parse_size)]
+    granularity: Option<u64>,
+    /// The most that is copied each second; 0 is no limit.
+    #[arg(long, value_name = "SIZE", value_parser = units::parse_size, default_value = "0")]
+    speed: u64,
+    /// Memory for copies in flight.
+    #[arg(long, value_name = "SIZE", value_parser = units::parse_size, default_value = "16M")]
+    buffer: u64,
+    /// What a read error of the source does: report ends the mirror, stop pauses it, enospc pauses it if there is no room.
+    #[arg(long, value_name = "POLICY", value_parser = ["report", "ignore", "stop", "enospc"], default_value = "report")]
+    on_source_error: String,
+    /// What a write error of the target does.
+    #[arg(long, value_name = "POLICY", value_parser = ["report", "ignore", "stop", "enospc"], default_value = "enospc")]
+    on_target_error: String,
+    /// Writes into a TARGET that is there already (block devices always are). Its content is lost.
+    #[arg(long)]
+    existing: bool,
+    /// Starts from the beginning even where an earlier mirror to TARGET could go on.
+    #[arg(long)]
+    restart: bool,
+}
+
+impl Arguments {
+    /// Runs the verb.
+    ///
+    /// # Errors
+    /// The mirror cannot start; with `--wait`: it failed, or an error stopped it.
+    pub fn run(self) -> Result<()> {
+        let mut mount = Mount::open(&self.disk)?;
+        let disk = mount.disk()?;
+        let target = target_path(&self.target, &disk)?;
+        if self.dry_run {
+            let mut request = self.options.request(&disk, &target)?;
+            request.insert("dry-run".to_owned(), true.into());
+            let plan: MirrorPlan = mount.client.call("livemirror-mirror", request.into())?;
+            print_plan(&disk, &plan);
+            return Ok(());
+        }
+        let interrupt = Interrupt::watch()?;
+        self.options.start(&mut mount, &disk, &target)?;
+        if !self.wait {
+            println!("mirroring {} to {target}", disk.status.disk);
+            return Ok(());
+        }
+        let mut progress = Progress::new();
+        let waited = follow::until_ready(&mut mount, &disk, &interrupt, &mut progress)?;
+        progress.end();
+        match waited {
+            Waited::Ready => println!("{target} is in step with {}", disk.status.disk),
+            Waited::Interrupted => {
+                println!("the mirror goes on; see it with `livemirror status {} --watch`", disk.status.disk);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl MirrorArguments {
+    /// Starts the mirror.
+    ///
+    /// # Errors
+    /// It cannot start.
+    pub fn start(&self, mount: &mut Mount, disk: &Disk, target: &str) -> Result<()> {
+        let request = self.request(disk, target)?;
+        mount.client.execute("livemirror-mirror", request.into()).map(drop)
+    }
+
+    fn request(&self, disk: &Disk, target: &str) -> Result<Map<String, Value>> {
+        if self.restart {
+            log::info!("--restart: every mirror of this version starts from the beginning");
+        }
+        let mut request = Map::new();
+        let mut put = |name: &str, value: Value| request.insert(name.to_owned(), value);
+        put("device", disk.device.as_str().into());
+        put("target", target.into());
+        put("copy-mode", self.copy_mode.as_str().into());
+        put("speed", signed(self.speed, "--speed")?);
+        put("buf-size", signed(self.buffer, "--buffer")?);
+        put("on-source-error", self.on_source_error.as_str().into());
+        put("on-target-error", self.on_target_error.as_str().into());
+        put("existing", self.existing.into());
+        if let Some(format) = &self.format {
+            put("format", format.as_str().into());
+        }
+        if let Some(bytes) = self.granularity {
+            if crate::range::Granularity::new(bytes).is_none() {
+                return Err(Error::usage(format!(
+                    "the granularity {bytes} (--granularity) is not a power of two from 512 to 64M"
+                ))
+                .advise("64K is a good one for most disks"));
+            }
+            put("granularity", bytes.into());
+        }
+        Ok(request)
+    }
+}
+
+/// The protocol's numbers are signed.
+fn signed(bytes: u64, option: &str) -> Result<Value> {
+    i64::try_from(bytes).map(Value::from).map_err(|_| Error::usage(format!("the value of {option} is too large")))
+}
+
+/// TARGET as the server gets it: absolute, and a file where a directory was given.
+///
+/// # Errors
+/// It lies in a mount of ours, or is not UTF-8.
+pub fn target_path(target: &Path, disk: &Disk) -> Result<String> {
+    let shown = target.display().to_string();
+    let mut path = place::absolute(target)?;
+    if !shown.contains("://") {
+        if let Place::Ours(entry, _) = MountTable::read()?.locate(&path)? {
+            return Err(Error::new(ErrorKind::Unsupported, format!("the target {shown} lies in the livemirror mount"))
+                .on(entry.mountpoint.display().to_string())
+                .advise("name a file outside of it: a disk cannot be mirrored into itself"));
+        }
+        // Not in a mount of ours: it may be looked at.
+        if path.is_dir() {
+            let name = Path::new(&disk.status.source).file_name().unwrap_or(disk.status.name.as_ref());
+            path.push(name);
+        } else if shown.ends_with('/') {
+            return Err(Error::new(ErrorKind::NotFound, "there is no directory")
+                .on(shown)
+                .advise("make it, or leave the / away"));
+        }
+    }
+    path.into_os_string()
+        .into_string()
+        .map_err(|path| Error::new(ErrorKind::Unsupported, "the name is not UTF-8:").on(path.to_string_lossy()))
+}
+
+fn print_plan(disk: &Disk, plan: &MirrorPlan) {
+    println!("disk      {} ({})", disk.status.disk, units::size(plan.size_bytes));
+    println!("target    {}", plan.target);
+    println!("to copy   {}", units::size(plan.data_bytes));
+    match plan.available_bytes {
+        Some(room) if room < plan.data_bytes => {
+            println!("room      {}: {} too little", units::size(room), units::size(plan.data_bytes - room));
+        }
+        Some(room) => println!("room      {}", units::size(room)),
+        None => println!("room      not known"),
+    }
+    println!("method    {}", plan.method);
+    match plan.expected_seconds {
+        Some(seconds) => println!("time      about {}", units::seconds(seconds)),
+        None => println!("time      not known"),
+    }
+}

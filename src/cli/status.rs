@@ -1,0 +1,249 @@
+//! `livemirror status`: what a mount does, from its server, or from its state where the server is dead.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::follow;
+use super::interrupt::Interrupt;
+use super::place::{self, Found, Mount};
+use super::progress::{self, Progress};
+use super::units;
+use crate::control::backend::{GuestTraffic, MountStatus, VolumeStatus};
+use crate::error::{Error, ErrorKind, Result};
+use crate::mirror::types::{LastMirror, MirrorResult};
+use crate::server::config::MountConfig;
+use crate::state::store::Store;
+
+/// How often `--watch` asks.
+const EVERY: Duration = Duration::from_millis(200);
+
+/// Shows the disks of a mount and their mirrors: how far, how fast, how long.
+///
+/// Without an argument, all mounts of this user. Where the server is dead, tells what its state says.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  livemirror status /mnt/vm
+  livemirror status /mnt/vm --watch
+  livemirror status /mnt/vm --json | jq '.volumes[0].mirror.ready'")]
+pub struct Arguments {
+    /// A mounted disk or a mountpoint.
+    #[arg(value_name = "DISK|MOUNTPOINT")]
+    disk: Option<PathBuf>,
+    /// Prints one JSON object; an array of them without an argument.
+    #[arg(long)]
+    json: bool,
+    /// Goes on until the mirrors have ended; fails if one failed. With --json, one object on each line.
+    #[arg(long, requires = "disk")]
+    watch: bool,
+}
+
+impl Arguments {
+    /// Runs the verb.
+    ///
+    /// # Errors
+    /// There is no such mount; with `--watch`: a mirror failed.
+    pub fn run(self) -> Result<()> {
+        let Some(path) = &self.disk else { return all(self.json) };
+        let found = place::find(path)?;
+        if self.watch {
+            return watch(found, self.json);
+        }
+        let status = narrowed(&found, of(&found)?)?;
+        if self.json {
+            println!("{}", pretty(&status)?);
+        } else {
+            print!("{}", table(&status));
+        }
+        Ok(())
+    }
+}
+
+fn all(json: bool) -> Result<()> {
+    let mut statuses = Vec::new();
+    for found in place::all()? {
+        match of(&found) {
+            Ok(status) => statuses.push(status),
+            Err(error) => eprintln!("livemirror: {error}"),
+        }
+    }
+    if json {
+        println!("{}", pretty(&statuses)?);
+    } else {
+        print!("{}", statuses.iter().map(table).collect::<Vec<_>>().join("\n"));
+    }
+    Ok(())
+}
+
+/// What is known of a mount: from its server; where that is dead or hangs, from its state, `server_pid` being null then.
+///
+/// # Errors
+/// Neither the server nor the state tells anything.
+pub fn of(found: &Found) -> Result<MountStatus> {
+    let asked = found.connect().and_then(|client| Mount { found: found.clone(), client }.status());
+    match asked {
+        Ok(status) => Ok(status),
+        Err(error) => from_state(found).map_err(|second| {
+            log::debug!("{second}");
+            error
+        }),
+    }
+}
+
+fn from_state(found: &Found) -> Result<MountStatus> {
+    let record = found.record()?;
+    let owner = found.entry.user_id.unwrap_or_else(|| nix::unistd::geteuid().as_raw());
+    let nothing = || Error::new(ErrorKind::NotFound, "there is no state in").on(record.state_dir.display().to_string());
+    let state = Store::open_existing(&record.state_dir, owner)?.ok_or_else(nothing)?.load()?.ok_or_else(nothing)?;
+    let directory = record.volumes.len() > 1 || !is_file_mount(found, &record.volumes[..]);
+    let volumes = state.volumes.into_iter().map(|volume| VolumeStatus {
+        disk: if directory { found.mountpoint().join(&volume.name) } else { found.mountpoint().to_owned() }
+            .display()
+            .to_string(),
+        name: volume.name,
+        source: volume.source.display().to_string(),
+        format: volume.format.to_string(),
+        active: volume.active,
+        size_bytes: volume.active_identity.size_bytes,
+        guest: GuestTraffic::default(),
+        mirror: None,
+        last_mirror: volume.last_mirror,
+    });
+    Ok(MountStatus {
+        mountpoint: found.mountpoint().display().to_string(),
+        server_pid: None,
+        keeper_pid: record.keeper_pid.filter(|pid| super::unmount::is_alive(*pid)),
+        control: record.control.display().to_string(),
+        restarts: state.restarts,
+        last_exit: state.last_exit,
+        volumes: volumes.collect(),
+    })
+}
+
+/// The status, of the one disk that was asked for.
+fn narrowed(found: &Found, mut status: MountStatus) -> Result<MountStatus> {
+    if found.disk_name.is_some() {
+        let disk = found.disk(&status)?;
+        status.volumes.retain(|volume| volume.name == disk.status.name);
+    }
+    Ok(status)
+}
+
+fn watch(found: Found, json: bool) -> Result<()> {
+    let interrupt = Interrupt::watch()?;
+    let mut client = found.connect()?;
+    client.set_patience(Duration::from_secs(60));
+    let mut mount = Mount { found, client };
+    let mut progress = Progress::new();
+    let mut before: Option<MountStatus> = None;
+    loop {
+        let whole = mount.status()?;
+        let status = narrowed(&mount.found, whole)?;
+        if json {
+            let line =
+                serde_json::to_string(&status).map_err(|error| Error::new(ErrorKind::Failed, error.to_string()))?;
+            // Whoever reads this has gone: so do we.
+            if writeln!(std::io::stdout(), "{line}").is_err() {
+                return Ok(());
+            }
+        }
+        for volume in &status.volumes {
+            match &volume.mirror {
+                Some(job) if !json => progress.show(volume, job),
+                Some(_) => {}
+                None => {
+                    let had = before.as_ref().is_some_and(|before| {
+                        before.volumes.iter().any(|other| other.name == volume.name && other.mirror.is_some())
+                    });
+                    if had && !json {
+                        progress.say(&format!("{}: {}", volume.name, outcome(volume.last_mirror.as_ref())));
+                    }
+                    if had && volume.last_mirror.as_ref().is_some_and(|last| last.result == MirrorResult::Failed) {
+                        progress.end();
+                        let disk =
+                            mount.found.disk(&MountStatus { volumes: vec![volume.clone()], ..status.clone() })?;
+                        return Err(follow::ended_early(&disk, volume.last_mirror.as_ref()));
+                    }
+                }
+            }
+        }
+        if status.volumes.iter().all(|volume| volume.mirror.is_none()) {
+            progress.end();
+            if before.is_none() && !json {
+                print!("{}", table(&status));
+            }
+            return Ok(());
+        }
+        if interrupt.came() {
+            return Ok(());
+        }
+        before = Some(status);
+        std::thread::sleep(if json { Duration::from_secs(1) } else { EVERY });
+    }
+}
+
+fn pretty(value: &impl serde::Serialize) -> Result<String> {
+    serde_json::to_string_pretty(value).map_err(|error| Error::new(ErrorKind::Failed, error.to_string()))
+}
+
+fn outcome(last: Option<&LastMirror>) -> String {
+    let Some(last) = last else { return "no mirror".to_owned() };
+    let pause = last.pause_ms.map(|pause| format!(", writes waited {pause:.1} ms")).unwrap_or_default();
+    let error = last.error.as_ref().map(|error| format!(": {error}")).unwrap_or_default();
+    match last.result {
+        MirrorResult::Completed => format!("cut over to {}{pause}", last.target),
+        MirrorResult::Finished => format!("{} is a consistent copy", last.target),
+        MirrorResult::Cancelled => format!("mirror to {} cancelled", last.target),
+        MirrorResult::Failed => format!("mirror to {} failed{error}", last.target),
+    }
+}
+
+fn table(status: &MountStatus) -> String {
+    let mut lines = Vec::new();
+    let server = match status.server_pid {
+        Some(pid) => format!("server {pid}"),
+        None => "THE SERVER IS DEAD; this is what its state says".to_owned(),
+    };
+    let keeper = status.keeper_pid.map(|pid| format!(", keeper {pid}")).unwrap_or_default();
+    let restarts = if status.restarts > 0 { format!(", restarted {} times", status.restarts) } else { String::new() };
+    lines.push(format!("{}  ({server}{keeper}{restarts})", status.mountpoint));
+    if let Some(exit) = &status.last_exit {
+        lines.push(format!("  last server    {exit}"));
+    }
+    for volume in &status.volumes {
+        lines.push(format!("  {}  {}", volume.disk, units::size(volume.size_bytes)));
+        lines.push(format!("    on           {} ({})", volume.active, volume.format));
+        if volume.active != volume.source {
+            lines.push(format!("    mounted from {}", volume.source));
+        }
+        let guest = volume.guest;
+        lines.push(format!(
+            "    guest        {} read, {} written",
+            units::size(guest.read_bytes),
+            units::size(guest.written_bytes)
+        ));
+        if let Some(job) = &volume.mirror {
+            lines.push(format!("    mirror       to {}", job.target));
+            lines.push(format!("                 {}", progress::describe(job)));
+            lines.push(format!(
+                "                 allocated: source {}, target {}",
+                units::size(job.source_allocated_bytes),
+                units::size(job.target_allocated_bytes)
+            ));
+            if let Some(error) = &job.last_error {
+                lines.push(format!("                 last error: {error}"));
+            }
+        }
+        if let Some(last) = &volume.last_mirror {
+            lines.push(format!("    last mirror  {} ({})", outcome(Some(last)), last.ended));
+        }
+    }
+    lines.iter().map(|line| format!("{line}\n")).collect()
+}
+
+/// True if the mount's root is the disk itself. The mount table does not tell; the record's id is that of the mountpoint, and
+/// a file mount is one disk over a path that is its name or its source.
+fn is_file_mount(found: &Found, volumes: &[crate::state::runtime::RuntimeVolume]) -> bool {
+    debug_assert_eq!(MountConfig::mount_id(found.mountpoint()).len(), 16);
+    volumes.iter().any(|volume| volume.source == found.mountpoint())
+}

@@ -1,0 +1,122 @@
+//! `livemirror unmount`: ends a mount, and waits until its server has ended too.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use super::interrupt::Interrupt;
+use super::place::{self, Found};
+use super::units;
+use crate::control::backend::MountStatus;
+use crate::error::{Error, ErrorKind, Result};
+use crate::fuse::mount::{How, Point};
+use crate::fuse::{holders, mountpoint};
+
+/// How long the processes may take to end after the unmount.
+const FAREWELL: Duration = Duration::from_secs(60);
+
+/// Unmounts cleanly: everything is flushed and saved, and the server has ended, when this returns.
+///
+/// If a disk is in use, names the processes that hold it and changes nothing (exit code 3).
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  livemirror unmount /mnt/vm
+  livemirror unmount /mnt/vm --wait 1min")]
+pub struct Arguments {
+    /// Where the disks are mounted.
+    mountpoint: PathBuf,
+    /// How long to wait for the disks not to be in use.
+    #[arg(long, value_name = "DURATION", value_parser = units::parse_duration, default_value = "0s", hide_default_value = true)]
+    wait: Duration,
+    /// Ends the connection even while the disks are in use: whoever uses them gets errors.
+    #[arg(long)]
+    abort: bool,
+}
+
+impl Arguments {
+    /// Runs the verb.
+    ///
+    /// # Errors
+    /// `NotNow`: the disks are in use. It is no mount of ours.
+    pub fn run(self) -> Result<()> {
+        let found = place::find(&self.mountpoint)?;
+        if found.disk_name.is_some() {
+            return Err(Error::usage("a disk cannot be unmounted by itself:")
+                .on(self.mountpoint.display().to_string())
+                .advise(format!("unmount all disks there: livemirror unmount {}", found.mountpoint().display())));
+        }
+        let interrupt = Interrupt::watch()?;
+        let deadline = Instant::now() + self.wait;
+        if self.abort {
+            warn_holders(&found);
+        }
+        loop {
+            match unmount(&found, self.abort) {
+                Ok(()) => return Ok(()),
+                Err(error) if error.kind() != ErrorKind::NotNow || interrupt.came() || Instant::now() >= deadline => {
+                    return Err(error);
+                }
+                Err(_) => std::thread::sleep(Duration::from_millis(100)),
+            }
+        }
+    }
+}
+
+fn warn_holders(found: &Found) {
+    let holders = holders::holders(&found.entry);
+    if !holders.is_empty() {
+        eprintln!("livemirror: these lose the disk now: {}", holders::describe(&holders));
+    }
+}
+
+fn unmount(found: &Found, abort: bool) -> Result<()> {
+    if !mountpoint::is_alive(&found.entry) {
+        // Nobody is there to be asked: only the mount is left.
+        return mountpoint::clean(found.entry.clone());
+    }
+    let mut client = match found.connect() {
+        Ok(client) => client,
+        Err(error) if abort => {
+            log::warn!("{error}");
+            return Point::of(found.entry.clone())?.unmount(How::Abort);
+        }
+        Err(error) => return Err(error),
+    };
+    let status: MountStatus = client.call("livemirror-status", json!({}))?;
+    client.set_patience(FAREWELL);
+    match client.execute("livemirror-unmount", json!({ "abort": abort })) {
+        Ok(_) => {}
+        // The server may be gone before its answer was read.
+        Err(error) if error.kind() == ErrorKind::Failed && !found.is_mounted() => log::debug!("{error}"),
+        Err(error) => return Err(error),
+    }
+    drop(client);
+    let deadline = Instant::now() + FAREWELL;
+    let pids = [status.server_pid, status.keeper_pid];
+    while found.is_mounted() || pids.iter().flatten().any(|pid| is_alive(*pid)) {
+        if Instant::now() > deadline {
+            let error = Error::not_now(format!("unmounted, but the server has not ended within {FAREWELL:?}:"));
+            return Err(error.on(found.mountpoint().display().to_string()).advise("see its log: an image may hang"));
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}
+
+/// True if the process runs; one that only waits to be reaped does not.
+pub fn is_alive(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // The name, in parentheses, may hold anything.
+    let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
+    state.is_some_and(|state| !matches!(state, 'Z' | 'X'))
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn processes_that_run_are_told_from_those_that_do_not() {
+        assert!(super::is_alive(std::process::id()));
+        assert!(!super::is_alive(u32::MAX));
+    }
+}

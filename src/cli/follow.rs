@@ -1,6 +1,6 @@
 //! Waiting for a mirror: until it is ready, until it is gone. Shows its progress meanwhile.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::interrupt::Interrupt;
 use super::place::{Disk, Mount};
@@ -23,8 +23,15 @@ pub enum Waited {
 /// Waits until the mirror of `disk` is ready.
 ///
 /// # Errors
-/// It failed, or was ended by somebody else. `NotNow`: an error stopped it, and it waits for somebody to resume it.
-pub fn until_ready(mount: &mut Mount, disk: &Disk, interrupt: &Interrupt, progress: &mut Progress) -> Result<Waited> {
+/// It failed, or was ended by somebody else. `NotNow`: an error stopped it, and it waits for somebody to resume it; or the
+/// deadline has passed.
+pub fn until_ready(
+    mount: &mut Mount,
+    disk: &Disk,
+    interrupt: &Interrupt,
+    progress: &mut Progress,
+    deadline: Option<Instant>,
+) -> Result<Waited> {
     loop {
         let now = mount.disk()?.status;
         let Some(job) = &now.mirror else { return Err(ended_early(disk, now.last_mirror.as_ref())) };
@@ -40,6 +47,9 @@ pub fn until_ready(mount: &mut Mount, disk: &Disk, interrupt: &Interrupt, progre
         }
         if interrupt.came() {
             return Ok(Waited::Interrupted);
+        }
+        if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+            return Err(Error::not_now("the mirror was not ready in time:").on(disk.status.disk.clone()));
         }
         std::thread::sleep(EVERY);
     }

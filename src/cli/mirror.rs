@@ -92,7 +92,7 @@ impl Arguments {
             return Ok(());
         }
         let mut progress = Progress::new();
-        let waited = follow::until_ready(&mut mount, &disk, &interrupt, &mut progress)?;
+        let waited = follow::until_ready(&mut mount, &disk, &interrupt, &mut progress, None)?;
         progress.end();
         match waited {
             Waited::Ready => println!("{target} is in step with {}", disk.status.disk),

@@ -6,6 +6,7 @@
 
 mod adjust;
 mod cutover;
+mod demo;
 mod finish;
 mod follow;
 mod generate;
@@ -64,6 +65,7 @@ enum Verb {
     #[command(visible_alias = "umount")]
     Unmount(unmount::Arguments),
     List(list::Arguments),
+    Demo(demo::Arguments),
     /// Writes man pages and completions, for packages.
     #[command(subcommand, hide = true)]
     Generate(generate::Arguments),
@@ -89,6 +91,7 @@ impl Cli {
             Verb::Verify(arguments) => arguments.run(),
             Verb::Unmount(arguments) => arguments.run(),
             Verb::List(arguments) => arguments.run(),
+            Verb::Demo(arguments) => arguments.run(),
             Verb::Generate(arguments) => arguments.run(),
         }
     }
@@ -143,6 +146,7 @@ mod tests {
             "verify /mnt/vm",
             "unmount /mnt/vm --wait 1min --abort",
             "list --json",
+            "demo --dir /var/tmp",
         ] {
             let words = std::iter::once("livemirror").chain(line.split(' '));
             if let Err(error) = Cli::try_parse_from(words) {

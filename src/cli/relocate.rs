@@ -45,7 +45,7 @@ impl Arguments {
         self.options.start(&mut mount, &disk, &target)?;
         let disk = mount.disk()?;
         let mut progress = Progress::new();
-        let waited = follow::until_ready(&mut mount, &disk, &interrupt, &mut progress)?;
+        let waited = follow::until_ready(&mut mount, &disk, &interrupt, &mut progress, None)?;
         progress.end();
         let disks = [disk];
         if waited == Waited::Ready {

@@ -70,7 +70,11 @@ fn warn_holders(found: &Found) {
     }
 }
 
-fn unmount(found: &Found, abort: bool) -> Result<()> {
+/// Unmounts and waits until server and keeper have ended. A mount without a server is only taken away.
+///
+/// # Errors
+/// `NotNow`: the disks are in use.
+pub fn unmount(found: &Found, abort: bool) -> Result<()> {
     if !mountpoint::is_alive(&found.entry) {
         // Nobody is there to be asked: only the mount is left.
         return mountpoint::clean(found.entry.clone());

@@ -97,8 +97,10 @@ impl ControlServer {
 
     fn remove_socket(&self) {
         let ours = fs::symlink_metadata(&self.path).is_ok_and(|found| (found.dev(), found.ino()) == self.file);
-        if ours && let Err(error) = fs::remove_file(&self.path) {
-            log::warn!("control: cannot remove {}: {error}", self.path.display());
+        if ours {
+            if let Err(error) = fs::remove_file(&self.path) {
+                log::warn!("control: cannot remove {}: {error}", self.path.display());
+            }
         }
     }
 }

@@ -7,6 +7,7 @@ use serde_json::json;
 
 use super::follow;
 use super::interrupt::Interrupt;
+use super::output;
 use super::place::{Disk, Mount};
 use super::progress::Progress;
 use super::units;
@@ -151,8 +152,8 @@ pub fn print(disks: &[Disk], reports: &[CutoverReport]) {
     for report in reports {
         let disk = disks.iter().find(|disk| disk.device == report.device);
         let path = disk.map_or(report.device.as_str(), |disk| disk.status.disk.as_str());
-        println!("{path} is now on {}; writes waited {:.1} ms", report.active, report.pause_ms);
-        println!("{} is out of date from here on", report.superseded);
+        output::line(format_args!("{path} is now on {}; writes waited {:.1} ms", report.active, report.pause_ms));
+        output::line(format_args!("{} is out of date from here on", report.superseded));
     }
 }
 

@@ -17,6 +17,7 @@ use self::writers::Writers;
 use super::cutover::cut_over;
 use super::follow::{self, Waited};
 use super::interrupt::Interrupt;
+use super::output;
 use super::place::Mount;
 use super::progress::Progress;
 use super::units;
@@ -43,7 +44,7 @@ struct Teller(Instant);
 
 impl Teller {
     fn say(&self, line: &str) {
-        println!("{:6.2} s  {line}", self.0.elapsed().as_secs_f64());
+        output::line(format_args!("{:6.2} s  {line}", self.0.elapsed().as_secs_f64()));
     }
 }
 
@@ -132,23 +133,23 @@ fn show(stage: &Stage, interrupt: &Interrupt) -> Result<()> {
     }
     let left_behind = verify(&old, &table)?;
     teller.say(&format!("verified every block of {target}: all {} blocks hold their last write", found.current));
-    println!();
-    println!(
+    output::line("");
+    output::line(format_args!(
         "allocated        old image {}, new image {}",
         units::size(allocated(&old)?),
         units::size(allocated(&new)?)
-    );
-    println!(
+    ));
+    output::line(format_args!(
         "left behind      {} blocks of the old image are out of date: the guest lived on the new one",
         left_behind.older
-    );
-    println!(
+    ));
+    output::line(format_args!(
         "longest write    {} before, {} at the cutover, {} after",
         milliseconds(calm),
         milliseconds(stall),
         milliseconds(after)
-    );
-    println!("nothing was lost");
+    ));
+    output::line(format_args!("nothing was lost"));
     Ok(())
 }
 

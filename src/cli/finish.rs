@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde_json::json;
 
 use super::follow;
+use super::output;
 use super::place::Mount;
 use crate::error::Result;
 use crate::mirror::types::{LastMirror, MirrorResult};
@@ -47,7 +48,7 @@ impl FinishArguments {
         let Some(LastMirror { result: MirrorResult::Finished, target, .. }) = last else {
             return Err(follow::ended_early(&disk, last.as_ref()));
         };
-        println!("{target} is a consistent copy of {}", disk.status.disk);
+        output::line(format_args!("{target} is a consistent copy of {}", disk.status.disk));
         Ok(())
     }
 }
@@ -63,7 +64,10 @@ impl CancelArguments {
         disk.job_id()?;
         mount.client.execute("livemirror-cancel", json!({ "device": disk.device, "keep": self.keep }))?;
         follow::until_gone(&mut mount, &disk)?;
-        println!("the mirror of {} is cancelled; the disk is still on {}", disk.status.disk, disk.status.active);
+        output::line(format_args!(
+            "the mirror of {} is cancelled; the disk is still on {}",
+            disk.status.disk, disk.status.active
+        ));
         Ok(())
     }
 }

@@ -26,6 +26,12 @@ impl Interrupt {
         Ok(Interrupt(flag))
     }
 
+    /// One that comes when the test says so.
+    #[cfg(test)]
+    pub fn pretended(came: bool) -> Interrupt {
+        Interrupt(Arc::new(AtomicBool::new(came)))
+    }
+
     /// True once a signal came.
     pub fn came(&self) -> bool {
         self.0.load(Ordering::Relaxed)

@@ -2,6 +2,7 @@
 
 use serde_json::json;
 
+use super::output;
 use super::place::{self, Found};
 use super::status;
 use crate::control::backend::MountStatus;
@@ -30,7 +31,7 @@ impl Arguments {
             .collect();
         if self.json {
             let rows: Vec<_> = mounts.iter().map(|(found, status)| row(found, status.as_ref())).collect();
-            println!("{:#}", serde_json::Value::from(rows));
+            output::line(format_args!("{:#}", serde_json::Value::from(rows)));
             return Ok(());
         }
         for (found, status) in &mounts {
@@ -39,11 +40,11 @@ impl Arguments {
                 Some(None) => "no server".to_owned(),
                 None => "state unknown".to_owned(),
             };
-            println!("{}  ({server})", found.mountpoint().display());
+            output::line(format_args!("{}  ({server})", found.mountpoint().display()));
             for volume in status.iter().flat_map(|status| &status.volumes) {
                 let mirror =
                     volume.mirror.as_ref().map(|job| format!(", mirror to {}", job.target)).unwrap_or_default();
-                println!("  {}  on {}{mirror}", volume.disk, volume.active);
+                output::line(format_args!("  {}  on {}{mirror}", volume.disk, volume.active));
             }
         }
         Ok(())

@@ -6,6 +6,7 @@ use serde_json::{Map, Value};
 
 use super::follow::{self, Waited};
 use super::interrupt::Interrupt;
+use super::output;
 use super::place::{self, Disk, Mount};
 use super::progress::Progress;
 use super::units;
@@ -88,16 +89,19 @@ impl Arguments {
         let interrupt = Interrupt::watch()?;
         self.options.start(&mut mount, &disk, &target)?;
         if !self.wait {
-            println!("mirroring {} to {target}", disk.status.disk);
+            output::line(format_args!("mirroring {} to {target}", disk.status.disk));
             return Ok(());
         }
         let mut progress = Progress::new();
         let waited = follow::until_ready(&mut mount, &disk, &interrupt, &mut progress, None)?;
         progress.end();
         match waited {
-            Waited::Ready => println!("{target} is in step with {}", disk.status.disk),
+            Waited::Ready => output::line(format_args!("{target} is in step with {}", disk.status.disk)),
             Waited::Interrupted => {
-                println!("the mirror goes on; see it with `livemirror status {} --watch`", disk.status.disk);
+                output::line(format_args!(
+                    "the mirror goes on; see it with `livemirror status {} --watch`",
+                    disk.status.disk
+                ));
             }
         }
         Ok(())
@@ -178,19 +182,23 @@ pub fn target_path(target: &Path, disk: &Disk) -> Result<String> {
 }
 
 fn print_plan(disk: &Disk, plan: &MirrorPlan) {
-    println!("disk      {} ({})", disk.status.disk, units::size(plan.size_bytes));
-    println!("target    {}", plan.target);
-    println!("to copy   {}", units::size(plan.data_bytes));
+    output::line(format_args!("disk      {} ({})", disk.status.disk, units::size(plan.size_bytes)));
+    output::line(format_args!("target    {}", plan.target));
+    output::line(format_args!("to copy   {}", units::size(plan.data_bytes)));
     match plan.available_bytes {
         Some(room) if room < plan.data_bytes => {
-            println!("room      {}: {} too little", units::size(room), units::size(plan.data_bytes - room));
+            output::line(format_args!(
+                "room      {}: {} too little",
+                units::size(room),
+                units::size(plan.data_bytes - room)
+            ));
         }
-        Some(room) => println!("room      {}", units::size(room)),
-        None => println!("room      not known"),
+        Some(room) => output::line(format_args!("room      {}", units::size(room))),
+        None => output::line(format_args!("room      not known")),
     }
-    println!("method    {}", plan.method);
+    output::line(format_args!("method    {}", plan.method));
     match plan.expected_seconds {
-        Some(seconds) => println!("time      about {}", units::seconds(seconds)),
-        None => println!("time      not known"),
+        Some(seconds) => output::line(format_args!("time      about {}", units::seconds(seconds))),
+        None => output::line(format_args!("time      not known")),
     }
 }

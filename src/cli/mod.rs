@@ -15,6 +15,7 @@ mod list;
 mod mirror;
 mod mount;
 mod options;
+mod output;
 mod place;
 mod progress;
 mod relocate;
@@ -104,6 +105,9 @@ pub fn report(error: &Error) {
         eprintln!("  hint: {advice}");
     }
 }
+
+#[cfg(test)]
+mod waiting_tests;
 
 #[cfg(test)]
 mod tests {

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::options::MountOptions;
+use super::output;
 use super::place;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::{launch, mountpoint};
@@ -141,13 +142,9 @@ impl Arguments {
 }
 
 fn print(paths: &[PathBuf]) {
-    use std::io::Write;
-    let mut out = std::io::stdout().lock();
     for path in paths {
-        // Whoever closed our standard output does not want to know.
-        let _ = writeln!(out, "{}", path.display());
+        output::line(path.display());
     }
-    let _ = out.flush();
 }
 
 fn parse_format(text: &str) -> Result<Format, String> {

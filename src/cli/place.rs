@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use crate::control::backend::{MountStatus, VolumeStatus};
-use crate::control::client::Client;
+use crate::control::client::{self, Client};
 use crate::control::device_names;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::mountinfo::{MountEntry, MountTable, Place};
@@ -92,9 +92,17 @@ impl Found {
     /// # Errors
     /// There is no server any more.
     pub fn connect(&self) -> Result<Client> {
+        self.connect_within(client::PATIENCE)
+    }
+
+    /// As [`Found::connect`], for a server that must answer within `patience`.
+    ///
+    /// # Errors
+    /// As [`Found::connect`].
+    pub fn connect_within(&self, patience: Duration) -> Result<Client> {
         let deadline = Instant::now() + RESTART;
         loop {
-            let error = match self.record().and_then(|record| Client::connect(&record.control)) {
+            let error = match self.record().and_then(|record| Client::connect_within(&record.control, patience)) {
                 Ok(client) => return Ok(client),
                 Err(error) => error,
             };

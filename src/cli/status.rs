@@ -6,15 +6,17 @@ use std::time::Duration;
 
 use super::follow;
 use super::interrupt::Interrupt;
+use super::output;
 use super::place::{self, Found, Mount};
 use super::progress::{self, Progress};
 use super::units;
 use crate::control::backend::{GuestTraffic, MountStatus, VolumeStatus};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mirror::types::{LastMirror, MirrorResult};
-use crate::server::config::MountConfig;
 use crate::state::store::Store;
 
+/// How long a server may take to answer before its state is looked at.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// How often `--watch` asks.
 const EVERY: Duration = Duration::from_millis(200);
 
@@ -51,9 +53,9 @@ impl Arguments {
         }
         let status = narrowed(&found, of(&found)?)?;
         if self.json {
-            println!("{}", pretty(&status)?);
+            output::line(format_args!("{}", pretty(&status)?));
         } else {
-            print!("{}", table(&status));
+            output::line(table(&status).trim_end());
         }
         Ok(())
     }
@@ -68,25 +70,34 @@ fn all(json: bool) -> Result<()> {
         }
     }
     if json {
-        println!("{}", pretty(&statuses)?);
+        output::line(format_args!("{}", pretty(&statuses)?));
     } else {
-        print!("{}", statuses.iter().map(table).collect::<Vec<_>>().join("\n"));
+        let tables: Vec<String> = statuses.iter().map(table).collect();
+        output::line(tables.join("\n").trim_end());
     }
     Ok(())
 }
 
-/// What is known of a mount: from its server; where that is dead or hangs, from its state, `server_pid` being null then.
+/// What is known of a mount: from its server; where that is dead or hangs, from its state, which is said on standard error.
 ///
 /// # Errors
 /// Neither the server nor the state tells anything.
 pub fn of(found: &Found) -> Result<MountStatus> {
-    let asked = found.connect().and_then(|client| Mount { found: found.clone(), client }.status());
-    match asked {
-        Ok(status) => Ok(status),
-        Err(error) => from_state(found).map_err(|second| {
+    let asked = found.connect_within(PATIENCE).and_then(|client| Mount { found: found.clone(), client }.status());
+    let error = match asked {
+        Ok(status) => return Ok(status),
+        Err(error) => error,
+    };
+    match from_state(found) {
+        Ok(status) => {
+            eprintln!("livemirror: {error}");
+            eprintln!("  hint: what follows is what its state says");
+            Ok(status)
+        }
+        Err(second) => {
             log::debug!("{second}");
-            error
-        }),
+            Err(error)
+        }
     }
 }
 
@@ -95,9 +106,9 @@ fn from_state(found: &Found) -> Result<MountStatus> {
     let owner = found.entry.user_id.unwrap_or_else(|| nix::unistd::geteuid().as_raw());
     let nothing = || Error::new(ErrorKind::NotFound, "there is no state in").on(record.state_dir.display().to_string());
     let state = Store::open_existing(&record.state_dir, owner)?.ok_or_else(nothing)?.load()?.ok_or_else(nothing)?;
-    let directory = record.volumes.len() > 1 || !is_file_mount(found, &record.volumes[..]);
+    let file_mount = is_file_mount(found);
     let volumes = state.volumes.into_iter().map(|volume| VolumeStatus {
-        disk: if directory { found.mountpoint().join(&volume.name) } else { found.mountpoint().to_owned() }
+        disk: if file_mount { found.mountpoint().to_owned() } else { found.mountpoint().join(&volume.name) }
             .display()
             .to_string(),
         name: volume.name,
@@ -111,7 +122,7 @@ fn from_state(found: &Found) -> Result<MountStatus> {
     });
     Ok(MountStatus {
         mountpoint: found.mountpoint().display().to_string(),
-        server_pid: None,
+        server_pid: Some(record.server_pid).filter(|pid| super::unmount::is_alive(*pid)),
         keeper_pid: record.keeper_pid.filter(|pid| super::unmount::is_alive(*pid)),
         control: record.control.display().to_string(),
         restarts: state.restarts,
@@ -170,7 +181,7 @@ fn watch(found: Found, json: bool) -> Result<()> {
         if status.volumes.iter().all(|volume| volume.mirror.is_none()) {
             progress.end();
             if before.is_none() && !json {
-                print!("{}", table(&status));
+                output::line(table(&status).trim_end());
             }
             return Ok(());
         }
@@ -202,7 +213,7 @@ fn table(status: &MountStatus) -> String {
     let mut lines = Vec::new();
     let server = match status.server_pid {
         Some(pid) => format!("server {pid}"),
-        None => "THE SERVER IS DEAD; this is what its state says".to_owned(),
+        None => "no server".to_owned(),
     };
     let keeper = status.keeper_pid.map(|pid| format!(", keeper {pid}")).unwrap_or_default();
     let restarts = if status.restarts > 0 { format!(", restarted {} times", status.restarts) } else { String::new() };
@@ -241,9 +252,20 @@ fn table(status: &MountStatus) -> String {
     lines.iter().map(|line| format!("{line}\n")).collect()
 }
 
-/// True if the mount's root is the disk itself. The mount table does not tell; the record's id is that of the mountpoint, and
-/// a file mount is one disk over a path that is its name or its source.
-fn is_file_mount(found: &Found, volumes: &[crate::state::runtime::RuntimeVolume]) -> bool {
-    debug_assert_eq!(MountConfig::mount_id(found.mountpoint()).len(), 16);
-    volumes.iter().any(|volume| volume.source == found.mountpoint())
+/// True if the mount's root is the disk itself. Told by the directory entry that the mount lies over: the root itself is not to
+/// be looked at.
+fn is_file_mount(found: &Found) -> bool {
+    use std::os::unix::ffi::OsStrExt;
+
+    use nix::dir::{Dir, Type};
+    use nix::fcntl::OFlag;
+    use nix::sys::stat::Mode;
+
+    let (Some(parent), Some(name)) = (found.mountpoint().parent(), found.mountpoint().file_name()) else {
+        return false;
+    };
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let Ok(mut directory) = Dir::open(parent, flags, Mode::empty()) else { return false };
+    let is_it = |entry: &nix::dir::Entry| entry.file_name().to_bytes() == name.as_bytes();
+    directory.iter().flatten().find(is_it).is_some_and(|entry| entry.file_type() == Some(Type::File))
 }

@@ -15,6 +15,8 @@ use crate::fuse::{holders, mountpoint};
 
 /// How long the processes may take to end after the unmount.
 const FAREWELL: Duration = Duration::from_secs(60);
+/// How long a server may take to answer to `--abort`.
+const IMPATIENCE: Duration = Duration::from_secs(5);
 
 /// Unmounts cleanly: everything is flushed and saved, and the server has ended, when this returns.
 ///
@@ -79,26 +81,23 @@ pub fn unmount(found: &Found, abort: bool) -> Result<()> {
         // Nobody is there to be asked: only the mount is left.
         return mountpoint::clean(found.entry.clone());
     }
-    let mut client = match found.connect() {
-        Ok(client) => client,
+    let pids = match ask(found, abort) {
+        Ok(pids) => pids,
+        // The server may be gone before its answer was read.
+        Err(error) if !found.is_mounted() => {
+            log::debug!("{error}");
+            recorded(found)
+        }
         Err(error) if abort => {
             log::warn!("{error}");
-            return Point::of(found.entry.clone())?.unmount(How::Abort);
+            let pids = recorded(found);
+            Point::of(found.entry.clone())?.unmount(How::Abort)?;
+            pids
         }
         Err(error) => return Err(error),
     };
-    let status: MountStatus = client.call("livemirror-status", json!({}))?;
-    client.set_patience(FAREWELL);
-    match client.execute("livemirror-unmount", json!({ "abort": abort })) {
-        Ok(_) => {}
-        // The server may be gone before its answer was read.
-        Err(error) if error.kind() == ErrorKind::Failed && !found.is_mounted() => log::debug!("{error}"),
-        Err(error) => return Err(error),
-    }
-    drop(client);
     let deadline = Instant::now() + FAREWELL;
-    let pids = [status.server_pid, status.keeper_pid];
-    while found.is_mounted() || pids.iter().flatten().any(|pid| is_alive(*pid)) {
+    while found.is_mounted() || pids.iter().any(|pid| is_alive(*pid)) {
         if Instant::now() > deadline {
             let error = Error::not_now(format!("unmounted, but the server has not ended within {FAREWELL:?}:"));
             return Err(error.on(found.mountpoint().display().to_string()).advise("see its log: an image may hang"));
@@ -106,6 +105,24 @@ pub fn unmount(found: &Found, abort: bool) -> Result<()> {
         std::thread::sleep(Duration::from_millis(5));
     }
     Ok(())
+}
+
+/// Lets the server unmount. Returns the processes that end now.
+fn ask(found: &Found, abort: bool) -> Result<Vec<u32>> {
+    // Whoever aborts does not want to wait for a server that hangs.
+    let mut client = if abort { found.connect_within(IMPATIENCE)? } else { found.connect()? };
+    let status: MountStatus = client.call("livemirror-status", json!({}))?;
+    if !abort {
+        client.set_patience(FAREWELL);
+    }
+    client.execute("livemirror-unmount", json!({ "abort": abort }))?;
+    Ok([status.server_pid, status.keeper_pid].into_iter().flatten().collect())
+}
+
+/// The processes of the mount, as its server wrote them down.
+fn recorded(found: &Found) -> Vec<u32> {
+    let record = found.record().ok();
+    record.map_or_else(Vec::new, |record| std::iter::once(record.server_pid).chain(record.keeper_pid).collect())
 }
 
 /// True if the process runs; one that only waits to be reaped does not.

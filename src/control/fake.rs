@@ -13,33 +13,35 @@ use crate::sync::{Arc, Mutex};
 type Listener = Box<dyn Fn(&JobEvent) + Send + Sync>;
 
 #[derive(Default)]
-pub(super) struct Fake {
-    pub(super) jobs: Mutex<Vec<(String, JobInfo)>>,
-    pub(super) calls: Mutex<Vec<String>>,
+pub(crate) struct Fake {
+    pub(crate) jobs: Mutex<Vec<(String, JobInfo)>>,
+    pub(crate) calls: Mutex<Vec<String>>,
     listeners: Mutex<BTreeMap<u64, Listener>>,
-    pub(super) cutover_takes: Mutex<Duration>,
+    pub(crate) cutover_takes: Mutex<Duration>,
+    /// How the last mirror of any volume ended.
+    pub(crate) last: Mutex<Option<LastMirror>>,
 }
 
-pub(super) fn progress(job: &JobInfo) -> JobProgress {
+pub(crate) fn progress(job: &JobInfo) -> JobProgress {
     JobProgress { job_id: job.job_id.clone(), len: job.data_bytes, offset: job.copied_bytes, speed: job.speed }
 }
 
 impl Fake {
-    pub(super) fn new() -> Arc<Fake> {
+    pub(crate) fn new() -> Arc<Fake> {
         Arc::new(Fake::default())
     }
 
-    pub(super) fn emit(&self, event: &JobEvent) {
+    pub(crate) fn emit(&self, event: &JobEvent) {
         for listener in self.listeners.lock().values() {
             listener(event);
         }
     }
 
-    pub(super) fn listeners(&self) -> usize {
+    pub(crate) fn listeners(&self) -> usize {
         self.listeners.lock().len()
     }
 
-    pub(super) fn called(&self, what: &str) -> bool {
+    pub(crate) fn called(&self, what: &str) -> bool {
         self.calls.lock().iter().any(|call| call.starts_with(what))
     }
 
@@ -54,7 +56,7 @@ impl Fake {
         self.emit(&JobEvent::StatusChange { job_id: job_id.to_owned(), status });
     }
 
-    pub(super) fn make_ready(&self, job_id: &str) {
+    pub(crate) fn make_ready(&self, job_id: &str) {
         for (_, job) in self.jobs.lock().iter_mut().filter(|(_, job)| job.job_id == job_id) {
             (job.ready, job.in_sync, job.copied_bytes) = (true, true, job.data_bytes);
         }
@@ -87,6 +89,33 @@ impl Fake {
         }
     }
 
+    fn end(&self, job: &JobInfo, result: MirrorResult) {
+        *self.last.lock() = Some(LastMirror {
+            target: job.target.clone(),
+            result,
+            consistent: result != MirrorResult::Failed,
+            error: (result == MirrorResult::Failed).then(|| "Input/output error".into()),
+            pause_ms: (result == MirrorResult::Completed).then_some(1.5),
+            ended: "2026-01-01T00:00:00Z".into(),
+        });
+    }
+
+    /// An error stops the job, as a full target does.
+    pub(crate) fn stop_for_room(&self, job_id: &str) {
+        for (_, job) in self.jobs.lock().iter_mut().filter(|(_, job)| job.job_id == job_id) {
+            (job.state, job.io_status) = (JobStatus::Paused, IoStatus::Nospace);
+            job.last_error = Some("No space left on device".into());
+        }
+    }
+
+    /// An error ends the job.
+    pub(crate) fn fail(&self, job_id: &str) {
+        if let Ok(job) = self.job(job_id) {
+            self.end(&job, MirrorResult::Failed);
+            self.forget(job_id);
+        }
+    }
+
     fn forget(&self, job_id: &str) {
         self.change(job_id, JobStatus::Null);
         self.jobs.lock().retain(|(_, job)| job.job_id != job_id);
@@ -111,7 +140,7 @@ impl Backend for Fake {
             size_bytes: 1 << 30,
             guest: GuestTraffic::default(),
             mirror: self.jobs.lock().iter().find(|(of, _)| of == device).map(|(_, job)| job.clone()),
-            last_mirror: None,
+            last_mirror: self.last.lock().clone(),
         };
         MountStatus {
             mountpoint: "/mnt/vm".into(),
@@ -205,7 +234,9 @@ impl Backend for Fake {
             self.change(job_id, JobStatus::Waiting);
             self.change(job_id, JobStatus::Pending);
             self.emit(&JobEvent::Completed(progress(&job), None));
+            self.end(&job, MirrorResult::Finished);
         } else {
+            self.end(&job, MirrorResult::Cancelled);
             self.change(job_id, JobStatus::Aborting);
             self.emit(&JobEvent::Cancelled(progress(&job)));
         }
@@ -255,6 +286,17 @@ impl Backend for Fake {
         self.note(format!("{request:?}"));
         let takes = *self.cutover_takes.lock();
         std::thread::sleep(takes);
+        let ready = self.jobs.lock().iter().find(|(of, job)| request.devices.contains(of) && job.ready).cloned();
+        if let Some((device, job)) = ready {
+            self.end(&job, MirrorResult::Completed);
+            self.forget(&job.job_id);
+            return Ok(vec![CutoverReport {
+                device,
+                active: job.target,
+                superseded: "/images/os.img".into(),
+                pause_ms: 1.5,
+            }]);
+        }
         Err(Error::not_now("the mirror of os.img is not ready").advise("try again"))
     }
 

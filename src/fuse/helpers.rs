@@ -21,44 +21,50 @@ pub fn check_command(paths: &[PathBuf]) -> Command {
     command
 }
 
-/// True unless the mount says at once that its server is gone. A server that hangs is alive.
-pub fn probe(mountpoint: &Path) -> bool {
-    let Ok(mut child) = check_command(&[mountpoint.to_owned()]).stderr(Stdio::null()).spawn() else { return true };
+/// What a look at a mount's root says: 0, or the errno. `None` if there was no answer in time: the server hangs, so it lives.
+pub fn probe(mountpoint: &Path) -> Option<i32> {
+    let mut child = check_command(&[mountpoint.to_owned()]).stderr(Stdio::null()).spawn().ok()?;
     let started = Instant::now();
     while started.elapsed() < PROBE_LIMIT {
         match child.try_wait() {
-            Ok(Some(status)) => return status.code() != Some(libc::ENOTCONN),
-            _ => std::thread::sleep(Duration::from_millis(5)),
+            Ok(Some(status)) => return status.code(),
+            _ => std::thread::sleep(Duration::from_millis(2)),
         }
     }
     // It ends when the server answers; whoever reaps it does not matter.
     let _ = child.kill();
-    true
+    None
 }
 
-/// Verb [`VERB_CHECK`]: examines each path and reads its first bytes. Any answer will do except that there is no server: the
-/// disk may be one that this user must not read.
+/// Verb [`VERB_CHECK`]: examines each path and reads its first bytes, if it is a file. A read that is refused or fails is an
+/// answer, too (the disk may be one that this user must not read), unless it says that there is no server.
 pub fn check_main(paths: &[OsString]) -> u8 {
     for path in paths {
-        let looked =
-            std::fs::metadata(path).map(|_| ()).and_then(|()| File::open(path)?.read_at(&mut [0; 512], 0).map(|_| ()));
-        if let Err(error) = looked {
-            let errno = error.raw_os_error().unwrap_or(libc::EIO);
-            if matches!(errno, libc::ENOTCONN | libc::ECONNABORTED | libc::ENODEV | libc::ENOENT | libc::ESTALE) {
-                return u8::try_from(errno).unwrap_or(1);
-            }
+        let read = || File::open(path)?.read_at(&mut [0; 512], 0);
+        let failed = match std::fs::metadata(path) {
+            Err(error) => Some(error),
+            Ok(metadata) if metadata.is_file() => read().err().filter(|error| {
+                matches!(error.raw_os_error(), Some(libc::ENOTCONN | libc::ECONNABORTED | libc::ENODEV | libc::ESTALE))
+            }),
+            Ok(_) => None,
+        };
+        if let Some(error) = failed {
+            return u8::try_from(error.raw_os_error().unwrap_or(libc::EIO)).unwrap_or(1);
         }
     }
     0
 }
 
-/// Verb [`crate::fuse::VERB_UNMOUNT`]: `plain|force NAME`, the directory as standard input. The exit code is 0 or the errno.
+/// Verb [`crate::fuse::VERB_UNMOUNT`]: `plain|detach|force NAME`, the directory as standard input. The exit code is 0 or the errno.
 pub fn unmount_main(arguments: &[OsString]) -> u8 {
     let [how, name] = arguments else { return 22 };
     let mut flags = MntFlags::UMOUNT_NOFOLLOW;
+    if how != "plain" {
+        flags |= MntFlags::MNT_DETACH;
+    }
     if how == "force" {
-        // MNT_FORCE ends the connection.
-        flags |= MntFlags::MNT_FORCE | MntFlags::MNT_DETACH;
+        // Ends the connection.
+        flags |= MntFlags::MNT_FORCE;
     }
     match umount2(&Path::new("/proc/self/fd/0").join(name), flags) {
         Ok(()) => 0,

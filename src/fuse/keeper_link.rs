@@ -60,7 +60,8 @@ pub struct KeeperLink {
 }
 
 impl KeeperLink {
-    /// The link that this process got as its standard input.
+    /// The link that this process got as its standard input. First of all, before any thread is made: it unblocks the
+    /// signals that the keeper had blocked.
     ///
     /// # Errors
     /// Standard input cannot be taken over.
@@ -127,7 +128,8 @@ impl KeeperLink {
         }
     }
 
-    /// Says that requests are being answered and where the disks are.
+    /// Says that requests are being answered and where the disks are. SIGTERM and SIGINT must be handled by now: one that
+    /// arrived while no server served is forwarded at once.
     ///
     /// # Errors
     /// The keeper is gone.

@@ -29,6 +29,17 @@ pub enum How {
     Stale,
 }
 
+impl How {
+    /// What the unmount verb calls it.
+    fn word(self) -> &'static str {
+        match self {
+            How::Plain => "plain",
+            How::Abort => "force",
+            How::Stale => "detach",
+        }
+    }
+}
+
 /// A mounted place.
 #[derive(Debug)]
 pub struct Point {
@@ -208,11 +219,7 @@ impl Point {
         let mut command = if nix::unistd::geteuid().is_root() {
             let parent = self.parent.try_clone().map_err(|error| Error::io("cannot unmount", &error))?;
             let mut command = Command::new("/proc/self/exe");
-            command
-                .arg(VERB_UNMOUNT)
-                .arg(if how == How::Plain { "plain" } else { "force" })
-                .arg(&self.name)
-                .stdin(parent);
+            command.arg(VERB_UNMOUNT).arg(how.word()).arg(&self.name).stdin(parent);
             command
         } else {
             fusermount::unmount_command(&self.entry.mountpoint, how != How::Plain)
@@ -226,6 +233,14 @@ impl Point {
     /// # Errors
     /// [`ErrorKind::NotNow`] if it is in use.
     pub fn unmount_result(&self, output: &Output) -> Result<()> {
+        match self.told(output) {
+            // Somebody else was faster: the keeper, after an abort.
+            Err(error) if error.kind() != ErrorKind::NotNow && !self.is_mounted() => Ok(()),
+            result => result,
+        }
+    }
+
+    fn told(&self, output: &Output) -> Result<()> {
         if !nix::unistd::geteuid().is_root() {
             return fusermount::unmount_result(&self.entry.mountpoint, output);
         }

@@ -73,19 +73,20 @@ fn inspect_plain(table: &MountTable, path: &Path, shown: &str) -> Result<Layout>
     Ok(Layout::Directory)
 }
 
-/// True unless the mount's server and keeper are both gone. Never waits for them.
+/// True unless the mount's server and keeper are both gone. Waits for a server that hangs no longer than
+/// [`helpers::probe`] does, and for none whose process can be seen.
 pub fn is_alive(entry: &MountEntry) -> bool {
-    match holders::connection_is_kept(entry) {
-        // Processes of other users cannot be looked into, so that "nobody" may be wrong there.
-        Some(false) if may_see_all(entry) => false,
-        Some(true) => true,
-        _ => helpers::probe(&entry.mountpoint),
+    let kept = holders::connection_is_kept(entry);
+    if kept == Some(true) {
+        return true;
     }
-}
-
-fn may_see_all(entry: &MountEntry) -> bool {
-    let me = nix::unistd::geteuid();
-    me.is_root() || entry.user_id == Some(me.as_raw())
+    // Nobody is seen to keep it; a keeper may still live where this process cannot see it. The kernel knows.
+    match helpers::probe(&entry.mountpoint) {
+        Some(libc::ENOTCONN) => false,
+        // Another user's mount does not answer root, but root sees all processes.
+        Some(libc::EACCES) => kept.is_none() || !nix::unistd::geteuid().is_root(),
+        _ => true,
+    }
 }
 
 /// Detaches a stale mount of ours.

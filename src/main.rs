@@ -12,6 +12,9 @@ fn main() -> ExitCode {
     // What runs unattended logs its doings; a command says only what its user must know.
     let level = if verb.starts_with("internal-") { "info" } else { "error" };
     env_logger::Builder::from_env(env_logger::Env::new().filter_or("LIVEMIRROR_LOG", level)).init();
+    if verb == fuse::VERB_SERVER {
+        return ExitCode::from(livemirror::server::main());
+    }
     if let Some(code) = words.get(1..).and_then(|arguments| fuse::run_internal_verb(verb, arguments)) {
         return ExitCode::from(code);
     }

@@ -44,11 +44,11 @@ pub fn default_granularity(target: &dyn Image) -> Granularity {
     cluster.and_then(|bytes| Granularity::new(bytes.clamp(4 << 10, 64 << 10))).unwrap_or(Granularity::DEFAULT)
 }
 
-/// Starts a job; returns once tracking is on. Emits `created` and `running`.
+/// Starts a job; returns once tracking is on. Emits `created` and `running`. `register` gets the job before anybody hears of it.
 ///
 /// # Errors
 /// The target is smaller than the disk; the volume is mirrored already; no thread can be started.
-pub fn start(options: MirrorOptions, setting: Setting) -> Result<Arc<Job>> {
+pub fn start(options: MirrorOptions, setting: Setting, register: impl FnOnce(&Arc<Job>)) -> Result<Arc<Job>> {
     let Setting { volume, target, created_target, events, cutovers, observer } = setting;
     let size_bytes = volume.size_bytes();
     if target.size_bytes() < size_bytes {
@@ -107,6 +107,7 @@ pub fn start(options: MirrorOptions, setting: Setting) -> Result<Arc<Job>> {
     drop(raised);
     let live = Live { source: volume.active(), target, tracking, map };
     *job.live.lock() = Some(live.clone());
+    register(&job);
     job.events.emit(&JobEvent::StatusChange { job_id: job.id().to_owned(), status: JobStatus::Created });
     let supervised = job.clone();
     job.transition(JobStatus::Running);
@@ -116,6 +117,7 @@ pub fn start(options: MirrorOptions, setting: Setting) -> Result<Arc<Job>> {
         if let Some(raised) = volume.raise_barrier(None) {
             volume.set_tracking(&raised, None);
         }
+        job.observer.gone(&job);
         *job.live.lock() = None;
         return Err(error);
     }

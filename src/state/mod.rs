@@ -16,6 +16,6 @@ pub mod store;
 mod tests;
 
 pub use marks::{Mark, Marks};
-pub use record::{FormerImage, MountState, ShownAttributes, VolumeState, random_id};
+pub use record::{FormerImage, MountState, VolumeState, random_id};
 pub use runtime::{RuntimeRecord, RuntimeVolume};
 pub use store::{CommitError, Prepared, Store};

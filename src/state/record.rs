@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 use crate::image::{Format, Identity};
 use crate::mirror::types::LastMirror;
+use crate::volume::ShownAttributes;
 
 /// The mount.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -57,17 +58,6 @@ pub struct FormerImage {
     pub identity: Identity,
     /// The volume's generation when it was left.
     pub generation: u64,
-}
-
-/// Mode and owner that a mounted disk shows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ShownAttributes {
-    /// Permission bits (`0o7777` at most).
-    pub mode: u32,
-    /// Owner.
-    pub uid: u32,
-    /// Group.
-    pub gid: u32,
 }
 
 impl MountState {

@@ -13,6 +13,7 @@ use super::*;
 use crate::error::ErrorKind;
 use crate::image::{Format, Identity};
 use crate::mirror::types::{LastMirror, MirrorResult};
+use crate::volume::ShownAttributes;
 
 fn identity(inode: u64) -> Identity {
     Identity { id: Some("a".repeat(32)), device: 7, inode, birth_ns: Some(5), size_bytes: 1 << 20 }
@@ -28,7 +29,7 @@ fn state() -> MountState {
         active_identity: identity(1),
         generation: 1,
         superseded: Vec::new(),
-        shown: Some(ShownAttributes { mode: 0o640, uid: 107, gid: 36 }),
+        shown: Some(ShownAttributes { mode: Some(0o640), uid: Some(107), gid: Some(36), ..Default::default() }),
         last_mirror: Some(LastMirror {
             target: "/new/disk.img".into(),
             result: MirrorResult::Cancelled,

@@ -110,7 +110,7 @@ impl World {
             cutovers: self.cutovers.clone(),
             observer: Arc::new(Ignore),
         };
-        start(options, setting).unwrap()
+        start(options, setting, |_| ()).unwrap()
     }
 
     /// The states that job `id` went through, in order.

@@ -1,0 +1,306 @@
+//! The mount behind the control socket: its volumes, its jobs, its end.
+
+use std::time::Instant;
+
+use super::config::{Layout, MountConfig};
+use super::departure::Departure;
+use super::ledger::{Ledger, LedgerCommitter};
+use super::{plan, target};
+use crate::control::backend::{
+    Backend, CutoverReport, CutoverRequest, GuestTraffic, Holder, MirrorPlan, MountStatus, SubscriptionId, VolumeStatus,
+};
+use crate::control::device_names;
+use crate::error::{Error, ErrorKind, Result};
+use crate::mirror::cutover::{Cutovers, Ending};
+use crate::mirror::events::EventHub;
+use crate::mirror::job::{Job, JobObserver};
+use crate::mirror::types::{
+    CancelMode, CopyMode, JobEvent, JobInfo, JobStatus, LastMirror, MirrorOptions, MirrorResult,
+};
+use crate::mirror::{self, Setting};
+use crate::sync::{Arc, Mutex};
+use crate::volume::Volume;
+
+/// One mount.
+pub(super) struct Server {
+    pub(super) config: MountConfig,
+    pub(super) volumes: Vec<Arc<Volume>>,
+    devices: Vec<String>,
+    pub(super) ledger: Arc<Ledger>,
+    pub(super) departure: Departure,
+    keeper_pid: u32,
+    events: Arc<EventHub>,
+    cutovers: Arc<Cutovers>,
+    jobs: Arc<Jobs>,
+    /// One start of a mirror at a time.
+    starting: Mutex<()>,
+}
+
+/// The jobs of a mount, newest first. Concluded ones stay until they are dismissed.
+struct Jobs {
+    ledger: Arc<Ledger>,
+    list: Mutex<Vec<Arc<Job>>>,
+}
+
+impl JobObserver for Jobs {
+    fn ended(&self, job: &Job, outcome: &LastMirror) {
+        if outcome.result != MirrorResult::Completed {
+            self.ledger.unpark(&outcome.target);
+        }
+        self.ledger.mirror_ended(job.volume().name(), outcome);
+    }
+
+    fn gone(&self, job: &Job) {
+        self.list.lock().retain(|other| !std::ptr::eq(&**other, job));
+    }
+}
+
+impl Server {
+    pub(super) fn new(
+        config: MountConfig,
+        volumes: Vec<Arc<Volume>>,
+        ledger: Arc<Ledger>,
+        departure: Departure,
+        keeper_pid: u32,
+    ) -> Arc<Self> {
+        let devices = device_names(volumes.iter().map(|volume| volume.name()));
+        let cutovers = Cutovers::new(Arc::new(LedgerCommitter(ledger.clone())));
+        let jobs = Arc::new(Jobs { ledger: ledger.clone(), list: Mutex::default() });
+        let events = Arc::new(EventHub::default());
+        let starting = Mutex::new(());
+        Arc::new(Server { config, volumes, devices, ledger, departure, keeper_pid, events, cutovers, jobs, starting })
+    }
+
+    /// The disks' paths, in mount order.
+    pub(super) fn disks(&self) -> Vec<std::path::PathBuf> {
+        self.volumes.iter().map(|volume| self.disk(volume)).collect()
+    }
+
+    fn disk(&self, volume: &Volume) -> std::path::PathBuf {
+        match self.config.layout {
+            Layout::Directory => self.config.mountpoint.join(volume.name()),
+            Layout::File => self.config.mountpoint.clone(),
+        }
+    }
+
+    fn volume(&self, device: &str) -> Result<&Arc<Volume>> {
+        let found = self.devices.iter().position(|other| other == device);
+        let found = found.or_else(|| self.volumes.iter().position(|volume| volume.name() == device));
+        found.map(|index| &self.volumes[index]).ok_or_else(|| {
+            let text = format!("Cannot find device='{device}' nor node-name='{device}'");
+            let names: Vec<_> = self.volumes.iter().map(|volume| volume.name()).collect();
+            Error::new(ErrorKind::NotFound, text).advise(format!("the disks of this mount are: {}", names.join(", ")))
+        })
+    }
+
+    fn job(&self, id: &str) -> Result<Arc<Job>> {
+        let jobs = self.jobs.list.lock();
+        jobs.iter().find(|job| job.id() == id).cloned().ok_or_else(|| Error::new(ErrorKind::NotFound, "Job not found"))
+    }
+
+    /// The job that mirrors `volume` now.
+    fn running_job(&self, volume: &Volume) -> Option<Arc<Job>> {
+        let jobs = self.jobs.list.lock();
+        let on_volume = jobs.iter().filter(|job| std::ptr::eq(&**job.volume(), volume));
+        on_volume.into_iter().find(|job| !has_ended(job.status())).cloned()
+    }
+
+    fn volume_status(&self, volume: &Arc<Volume>) -> VolumeStatus {
+        let (read_bytes, written_bytes) = volume.traffic();
+        let recorded = self.ledger.volume(volume.name());
+        let active = volume.active();
+        VolumeStatus {
+            name: volume.name().to_owned(),
+            disk: self.disk(volume).display().to_string(),
+            source: recorded.as_ref().map_or_else(String::new, |known| known.source.display().to_string()),
+            format: active.format().to_string(),
+            active: active.name().to_owned(),
+            size_bytes: volume.size_bytes(),
+            guest: GuestTraffic { read_bytes, written_bytes },
+            mirror: self.running_job(volume).map(|job| job.info()),
+            last_mirror: recorded.and_then(|known| known.last_mirror),
+        }
+    }
+
+    /// Ends every mirror because the mount ends: one that is ready leaves a consistent copy, others are given up.
+    pub(super) fn end_jobs(&self) {
+        let jobs = self.jobs.list.lock().clone();
+        for job in jobs.iter().filter(|job| !has_ended(job.status())) {
+            let ready = job.status() == JobStatus::Ready;
+            let mode = if ready { CancelMode::Soft } else { CancelMode::Force };
+            log::info!("job {}: ends with the mount", job.id());
+            if job.cancel(mode, false).is_ok() && !job.wait_ended(Some(Instant::now() + super::departure::JOB_PATIENCE))
+            {
+                // A ready job whose target does not answer any more.
+                let _ = job.cancel(CancelMode::Force, true);
+            }
+        }
+    }
+
+    /// Makes everything durable that guests wrote.
+    pub(super) fn flush_all(&self) {
+        for volume in &self.volumes {
+            if let Err(error) = volume.flush() {
+                log::error!("{error}");
+            }
+        }
+    }
+
+    /// Writes down what guests changed of the shown attributes.
+    pub(super) fn save_shown(&self) -> Result<()> {
+        self.ledger.change(|state| {
+            for volume in &self.volumes {
+                if let Some(known) = state.volume_mut(volume.name()) {
+                    known.shown = Some(volume.shown());
+                }
+            }
+        })
+    }
+
+    fn cut_over(&self, jobs: &[Arc<Job>], request: &CutoverRequest) -> Result<Vec<CutoverReport>> {
+        let old: Vec<String> = jobs.iter().map(|job| job.volume().active().name().to_owned()).collect();
+        let pause_ms = self.cutovers.attempt(jobs, Ending::Switch, request.max_pause, request.patience)?;
+        let reports = jobs.iter().zip(old).map(|(job, superseded)| CutoverReport {
+            device: job.volume().name().to_owned(),
+            active: job.volume().active().name().to_owned(),
+            superseded,
+            pause_ms,
+        });
+        let reports = reports.collect();
+        for job in jobs {
+            job.wait_ended(None);
+        }
+        Ok(reports)
+    }
+}
+
+fn has_ended(status: JobStatus) -> bool {
+    matches!(status, JobStatus::Concluded | JobStatus::Null)
+}
+
+impl Backend for Server {
+    fn devices(&self) -> Vec<String> {
+        self.devices.clone()
+    }
+
+    fn status(&self) -> MountStatus {
+        let (restarts, last_exit) = self.ledger.restarts();
+        MountStatus {
+            mountpoint: self.config.mountpoint.display().to_string(),
+            server_pid: Some(std::process::id()),
+            keeper_pid: Some(self.keeper_pid),
+            control: self.config.control.display().to_string(),
+            restarts,
+            last_exit,
+            volumes: self.volumes.iter().map(|volume| self.volume_status(volume)).collect(),
+        }
+    }
+
+    fn start_mirror(&self, device: &str, options: MirrorOptions) -> Result<()> {
+        let _one = self.starting.lock();
+        let volume = self.volume(device)?;
+        if volume.is_read_only() {
+            return Err(Error::usage("a read-only mount cannot be cut over, so it is not mirrored:").on(volume.name()));
+        }
+        if self.jobs.list.lock().iter().any(|job| job.id() == options.job_id) {
+            let text = format!("Job ID '{}' already in use", options.job_id);
+            return Err(Error::new(ErrorKind::Exists, text).advise("'livemirror cancel' ends a mirror"));
+        }
+        if let Some(job) = self.running_job(volume) {
+            let text = format!("Need a root block node: {} is being mirrored by job {}", volume.name(), job.id());
+            return Err(Error::new(ErrorKind::Exists, text).advise("'livemirror cancel' ends it"));
+        }
+        let target = target::prepare(volume, &self.volumes, &options, self.config.cache)?;
+        let setting = Setting {
+            volume: volume.clone(),
+            target: target.image.clone(),
+            created_target: target.created,
+            events: self.events.clone(),
+            cutovers: self.cutovers.clone(),
+            observer: self.jobs.clone(),
+        };
+        let registered = |job: &Arc<Job>| self.jobs.list.lock().insert(0, job.clone());
+        match mirror::start(options, setting, registered) {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                target::discard(&target);
+                Err(error)
+            }
+        }
+    }
+
+    fn plan_mirror(&self, device: &str, options: MirrorOptions) -> Result<MirrorPlan> {
+        plan::plan(self.volume(device)?, &self.volumes, &options)
+    }
+
+    fn jobs(&self) -> Vec<JobInfo> {
+        let jobs = self.jobs.list.lock().clone();
+        jobs.iter().map(|job| job.info()).collect()
+    }
+
+    fn pause(&self, job_id: &str) -> Result<()> {
+        self.job(job_id)?.pause()
+    }
+
+    fn resume(&self, job_id: &str) -> Result<()> {
+        self.job(job_id)?.resume()
+    }
+
+    fn cancel(&self, job_id: &str, mode: CancelMode, keep_target: bool) -> Result<()> {
+        self.job(job_id)?.cancel(mode, keep_target)
+    }
+
+    fn complete(&self, job_id: &str) -> Result<()> {
+        self.job(job_id)?.complete()
+    }
+
+    fn finalize(&self, job_id: &str) -> Result<()> {
+        self.job(job_id)?.finalize()
+    }
+
+    fn dismiss(&self, job_id: &str) -> Result<()> {
+        self.job(job_id)?.dismiss()
+    }
+
+    fn set_speed(&self, job_id: &str, bytes_per_second: u64) -> Result<()> {
+        self.job(job_id)?.set_speed(bytes_per_second)
+    }
+
+    fn set_copy_mode(&self, job_id: &str, mode: CopyMode) -> Result<()> {
+        self.job(job_id)?.set_copy_mode(mode)
+    }
+
+    fn cutover(&self, request: &CutoverRequest) -> Result<Vec<CutoverReport>> {
+        let volumes = match request.devices.is_empty() {
+            true => self.volumes.clone(),
+            false => request.devices.iter().map(|device| self.volume(device).cloned()).collect::<Result<_>>()?,
+        };
+        let jobs: Vec<_> = volumes.iter().filter_map(|volume| self.running_job(volume)).collect();
+        if jobs.is_empty() || (!request.devices.is_empty() && jobs.len() < volumes.len()) {
+            let name = volumes.first().map_or("this mount", |volume| volume.name());
+            let error = Error::not_now(format!("there is no mirror of {name}"));
+            return Err(error.advise("'livemirror mirror DISK TARGET' starts one"));
+        }
+        self.cut_over(&jobs, request)
+    }
+
+    fn unmount(&self, abort: bool) -> Result<()> {
+        self.departure.unmount(self, abort)
+    }
+
+    fn holders(&self) -> Vec<Holder> {
+        self.departure.holders(&self.config.mountpoint)
+    }
+
+    fn quit(&self) {
+        self.departure.ask();
+    }
+
+    fn subscribe(&self, listener: Box<dyn Fn(&JobEvent) + Send + Sync>) -> SubscriptionId {
+        SubscriptionId(self.events.subscribe(listener))
+    }
+
+    fn unsubscribe(&self, id: SubscriptionId) {
+        self.events.unsubscribe(id.0);
+    }
+}

@@ -1,0 +1,97 @@
+//! The end of a mount: asked for by a signal, by `livemirror unmount` or by QMP's `quit`.
+//!
+//! A signal ends an idle mount as cleanly as `unmount`. While a disk is in use it flushes, saves, names the holders, and the
+//! server goes on serving until the last of them is gone.
+
+use std::path::Path;
+use std::time::Duration;
+
+use super::backend::Server;
+use crate::control::backend::Holder;
+use crate::error::{Error, ErrorKind, Result};
+use crate::fuse::mountinfo::MountTable;
+use crate::fuse::{KeeperLink, holders};
+use crate::sync::{Arc, Condvar, Mutex, wait_until};
+
+/// How long the end of the mount waits for a mirror to leave a consistent copy.
+pub(super) const JOB_PATIENCE: Duration = Duration::from_secs(10);
+/// How often a mount that was told to end is tried again while it is in use. The kernel tells nobody that it is free.
+const RETRY_EVERY: Duration = Duration::from_secs(1);
+
+/// See the module.
+pub(super) struct Departure {
+    link: Arc<KeeperLink>,
+    asked: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Departure {
+    pub(super) fn new(link: Arc<KeeperLink>) -> Self {
+        Departure { link, asked: Mutex::new(false), changed: Condvar::new() }
+    }
+
+    /// Leave as soon as nobody uses the disks.
+    pub(super) fn ask(&self) {
+        *self.asked.lock() = true;
+        self.changed.notify_all();
+    }
+
+    /// Waits to be asked, then tries until the mount is gone. For a thread of its own.
+    pub(super) fn run(&self, server: &Server) {
+        let mut asked = self.asked.lock();
+        while !*asked {
+            self.changed.wait(&mut asked);
+        }
+        drop(asked);
+        let mut told = false;
+        loop {
+            match self.unmount(server, false) {
+                Ok(()) => return,
+                Err(error) if !told => {
+                    log::warn!("{error}; the disks stay usable until nobody uses them any more");
+                    told = true;
+                }
+                Err(_) => (),
+            }
+            let mut asked = self.asked.lock();
+            wait_until(&self.changed, &mut asked, Some(std::time::Instant::now() + RETRY_EVERY));
+        }
+    }
+
+    /// Flushes, saves and unmounts.
+    ///
+    /// # Errors
+    /// `NotNow`: the disks are in use; the message names who uses them.
+    pub(super) fn unmount(&self, server: &Server, abort: bool) -> Result<()> {
+        server.flush_all();
+        if let Err(error) = server.save_shown() {
+            log::error!("{error}");
+        }
+        match self.link.request_unmount(abort) {
+            Err(error) if error.kind() == ErrorKind::NotNow => {
+                let mountpoint = &server.config.mountpoint;
+                let holders = self.holders(mountpoint);
+                if holders.is_empty() {
+                    return Err(error);
+                }
+                let text = format!("in use by {}:", holders::describe(&holders));
+                Err(Error::not_now(text)
+                    .on(mountpoint.display().to_string())
+                    .advise("stop them, or end the connection all the same with --abort"))
+            }
+            other => other,
+        }
+    }
+
+    /// Who keeps the mount busy.
+    pub(super) fn holders(&self, mountpoint: &Path) -> Vec<Holder> {
+        let table = match MountTable::read() {
+            Ok(table) => table,
+            Err(error) => {
+                log::warn!("{error}");
+                return Vec::new();
+            }
+        };
+        table.at(mountpoint).map(holders::holders).unwrap_or_default()
+    }
+}

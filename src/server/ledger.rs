@@ -1,0 +1,189 @@
+//! The record of a mount while it is served: one copy in memory, one on disk, and the cutover's one commit point (rule 15).
+
+use std::time::SystemTime;
+
+use super::opening::locked_descriptor;
+use crate::error::{Error, Result};
+use crate::fuse::KeeperLink;
+use crate::image::{DescriptorRole, Image, sync_parent_directory};
+use crate::mirror::cutover::{CommitFailure, Committer, PreparedRecord, Switch};
+use crate::mirror::types::LastMirror;
+use crate::state::{CommitError, Mark, Marks, MountState, Prepared, Store, VolumeState};
+use crate::sync::{Arc, Mutex};
+
+/// See the module.
+pub(super) struct Ledger {
+    store: Store,
+    marks: Marks,
+    link: Arc<KeeperLink>,
+    state: Mutex<MountState>,
+}
+
+/// A record in which a cutover is made, ready to be put in place.
+struct LedgerRecord {
+    ledger: Arc<Ledger>,
+    prepared: Prepared,
+    next: MountState,
+}
+
+/// [`Ledger`] as the mirror knows it.
+pub(super) struct LedgerCommitter(pub(super) Arc<Ledger>);
+
+/// The name under which the keeper parks an image's descriptors: the image's, since a restart looks for what the record names.
+pub(super) fn parking_name(image: &str) -> String {
+    format!("image {image}")
+}
+
+impl Ledger {
+    pub(super) fn new(store: Store, marks: Marks, link: Arc<KeeperLink>, state: MountState) -> Arc<Self> {
+        Arc::new(Ledger { store, marks, link, state: Mutex::new(state) })
+    }
+
+    /// What is known of volume `name`.
+    pub(super) fn volume(&self, name: &str) -> Option<VolumeState> {
+        self.state.lock().volume(name).cloned()
+    }
+
+    /// How often the server was restarted, and how the last one ended.
+    pub(super) fn restarts(&self) -> (u64, Option<String>) {
+        let state = self.state.lock();
+        (state.restarts, state.last_exit.clone())
+    }
+
+    /// Changes the record, in memory and on disk.
+    ///
+    /// # Errors
+    /// It cannot be written; what is in memory is changed all the same, and the next save writes it.
+    pub(super) fn change(&self, change: impl FnOnce(&mut MountState)) -> Result<()> {
+        let mut state = self.state.lock();
+        change(&mut state);
+        self.store.save(&state).map_err(Error::from)
+    }
+
+    /// Remembers how a mirror ended.
+    pub(super) fn mirror_ended(&self, volume: &str, outcome: &LastMirror) {
+        let saved = self.change(|state| {
+            if let Some(volume) = state.volume_mut(volume) {
+                volume.last_mirror = Some(outcome.clone());
+            }
+        });
+        if let Err(error) = saved {
+            log::error!("{error}");
+        }
+    }
+
+    /// Parks what an image offers, so that its locks outlive this server.
+    pub(super) fn park(&self, image: &dyn Image) {
+        for (role, descriptor) in image.descriptors() {
+            if let Err(error) = self.link.park(&parking_name(image.name()), role, descriptor) {
+                log::warn!("{error}");
+            }
+        }
+    }
+
+    /// Lets the keeper close what it parks of an image: its locks end with our own use of it.
+    pub(super) fn unpark(&self, image: &str) {
+        for role in [DescriptorRole::Locked, DescriptorRole::Path] {
+            if let Err(error) = self.link.unpark(&parking_name(image), role) {
+                log::warn!("{error}");
+            }
+        }
+    }
+
+    /// The record with `switches` made. Generations rise above every mark that the new images carry.
+    fn with(&self, switches: &[Switch]) -> Result<MountState> {
+        let mut next = self.state.lock().clone();
+        for switch in switches {
+            let identity = switch.new.identity()?;
+            let mark = match locked_descriptor(&*switch.new) {
+                Some(descriptor) => self.marks.read_mark(descriptor, &identity).unwrap_or(None),
+                None => None,
+            };
+            let name = switch.volume.name();
+            let volume = next.volume_mut(name).ok_or_else(|| Error::usage("no such volume in the record:").on(name))?;
+            volume.generation = volume.generation.max(mark.map_or(0, |mark| mark.generation));
+            volume.cut_over(switch.new.name().to_owned(), identity, switch.new.format());
+        }
+        Ok(next)
+    }
+}
+
+impl Committer for LedgerCommitter {
+    fn prepare(&self, switches: &[Switch]) -> Result<Box<dyn PreparedRecord>> {
+        let ledger = &self.0;
+        for switch in switches {
+            if let Some(descriptor) = locked_descriptor(&*switch.new) {
+                ledger.marks.ensure_id(descriptor)?;
+            }
+            if let Some(path) = switch.new.path() {
+                sync_parent_directory(&path)?;
+            }
+            // Parked before the record can name it: a server that dies right after the rename finds it.
+            ledger.park(&*switch.new);
+        }
+        let next = ledger.with(switches)?;
+        let prepared = ledger.store.prepare(&next)?;
+        Ok(Box::new(LedgerRecord { ledger: ledger.clone(), prepared, next }))
+    }
+
+    fn supersede(&self, switches: &[Switch]) {
+        for switch in switches {
+            if let Err(error) = self.0.mark(switch) {
+                log::error!("{error}; the record says it, but the image itself does not");
+            }
+        }
+    }
+
+    fn settle(&self, switches: &[Switch], made: bool) -> Result<()> {
+        let next = if made { self.0.with(switches)? } else { self.0.state.lock().clone() };
+        self.0.store.save(&next).map_err(Error::from)?;
+        *self.0.state.lock() = next;
+        Ok(())
+    }
+
+    fn switched(&self, switches: &[Switch]) {
+        for switch in switches {
+            self.0.unpark(switch.old.name());
+            for image in [&switch.old, &switch.new] {
+                let durable = locked_descriptor(&**image).map(|descriptor| self.0.marks.make_durable(descriptor));
+                if let Some(Err(error)) = durable {
+                    log::warn!("{error}");
+                }
+            }
+        }
+    }
+}
+
+impl Ledger {
+    fn mark(&self, switch: &Switch) -> Result<()> {
+        let Some(volume) = self.volume(switch.volume.name()) else { return Ok(()) };
+        let mark = Mark {
+            volume: volume.id,
+            generation: volume.generation,
+            successor: volume.active,
+            successor_identity: volume.active_identity,
+            when: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
+        };
+        if let Some(descriptor) = locked_descriptor(&*switch.new) {
+            self.marks.clear(descriptor, &switch.new.identity()?)?;
+        }
+        match locked_descriptor(&*switch.old) {
+            Some(descriptor) => self.marks.supersede(descriptor, &switch.old.identity()?, &mark),
+            None => Ok(()),
+        }
+    }
+}
+
+impl PreparedRecord for LedgerRecord {
+    fn commit(self: Box<Self>) -> Result<(), CommitFailure> {
+        let mut state = self.ledger.state.lock();
+        match self.prepared.commit() {
+            Ok(()) => {
+                *state = self.next;
+                Ok(())
+            }
+            Err(CommitError::NotCommitted(error)) => Err(CommitFailure::NotDone(Error::not_now(error.to_string()))),
+            Err(CommitError::Undecided(error)) => Err(CommitFailure::Undecided(error)),
+        }
+    }
+}

@@ -1,0 +1,196 @@
+//! Which image each disk of a mount lives on (rule 10).
+//!
+//! The source that the user names may have been superseded by a cutover: its own mark says so, or the record of the last mount
+//! there, if a crash came between the two. Marks carry a generation, the highest wins: an image that points to a successor
+//! which points back with a higher one is the active image again.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use super::config::{MountConfig, VolumeConfig};
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::{DescriptorRole, Identity, Image, OpenOptions, Role, open};
+use crate::state::{FormerImage, Mark, Marks, MountState, VolumeState, random_id};
+use crate::sync::Arc;
+
+/// As many successors are followed.
+const STEPS_MAX: usize = 32;
+
+/// A disk's image, open and locked, and what the state says of it.
+pub(super) struct OpenedVolume {
+    pub(super) image: Arc<dyn Image>,
+    pub(super) state: VolumeState,
+}
+
+/// The descriptor that carries an image's locks, if it has descriptors.
+pub(super) fn locked_descriptor(image: &dyn Image) -> Option<BorrowedFd<'_>> {
+    image.descriptors().into_iter().find(|(role, _)| *role == DescriptorRole::Locked).map(|(_, descriptor)| descriptor)
+}
+
+/// Opens what `volume` names, or its successor where `--follow` allows it.
+///
+/// # Errors
+/// The image cannot be opened; it was superseded and neither `--follow` nor `--force` was given.
+pub(super) fn open_first(
+    config: &MountConfig,
+    volume: &VolumeConfig,
+    recorded: Option<&MountState>,
+    marks: &Marks,
+) -> Result<OpenedVolume> {
+    let mut path = volume.source.clone();
+    let mut generation = 0;
+    for _ in 0..STEPS_MAX {
+        let options = OpenOptions {
+            format: volume.format.filter(|_| path == volume.source),
+            writable: !config.read_only,
+            cache: config.cache,
+            role: Role::Source,
+            descriptor: None,
+        };
+        let image = open(&path, &options)?;
+        let mark = newest_mark(&*image, recorded, marks)?.filter(|mark| mark.generation > generation);
+        let Some(mark) = mark else {
+            return settle_on(config, volume, image, recorded, marks, generation);
+        };
+        if config.force {
+            log::warn!("{}: mounted all the same, though superseded by {}", image.name(), mark.successor);
+            return settle_on(config, volume, image, recorded, marks, mark.generation);
+        }
+        if is_active_again(&*image, &mark, marks) {
+            return settle_on(config, volume, image, recorded, marks, mark.generation);
+        }
+        if !config.follow {
+            return Err(superseded(&path, &mark));
+        }
+        drop(image);
+        check_successor(&mark, marks)?;
+        log::info!("{}: superseded, following to {}", path.display(), mark.successor);
+        generation = mark.generation;
+        path = PathBuf::from(&mark.successor);
+    }
+    let what = "its successors lead in a circle or too far:";
+    Err(Error::new(ErrorKind::Superseded, what).on(volume.source.display().to_string()))
+}
+
+/// Opens the recorded active image again, for a server that takes over a live mount.
+///
+/// # Errors
+/// The image cannot be opened.
+pub(super) fn open_again(config: &MountConfig, state: &VolumeState, parked: Option<OwnedFd>) -> Result<OpenedVolume> {
+    let options = OpenOptions {
+        format: Some(state.format),
+        writable: !config.read_only,
+        cache: config.cache,
+        role: Role::Source,
+        descriptor: parked,
+    };
+    Ok(OpenedVolume { image: open(Path::new(&state.active), &options)?, state: state.clone() })
+}
+
+fn superseded(path: &Path, mark: &Mark) -> Error {
+    let what = format!("superseded by {} (cut over at {}):", mark.successor, mark.when);
+    Error::new(ErrorKind::Superseded, what).on(path.display().to_string()).advise(format!(
+        "mount {} instead, or pass --follow; --force mounts the old image all the same",
+        mark.successor
+    ))
+}
+
+/// The image's own mark or, if newer, what the record of the last mount says of it.
+fn newest_mark(image: &dyn Image, recorded: Option<&MountState>, marks: &Marks) -> Result<Option<Mark>> {
+    let identity = image.identity()?;
+    let own = match locked_descriptor(image) {
+        Some(descriptor) => marks.read_mark(descriptor, &identity)?,
+        None => None,
+    };
+    let from_record =
+        recorded.and_then(|state| state.volumes.iter().find_map(|volume| recorded_mark(volume, &identity)));
+    Ok([own, from_record].into_iter().flatten().max_by_key(|mark| mark.generation))
+}
+
+fn recorded_mark(volume: &VolumeState, identity: &Identity) -> Option<Mark> {
+    let left = volume.superseded.iter().find(|former| is_same(&former.identity, identity))?;
+    Some(Mark {
+        volume: volume.id.clone(),
+        generation: left.generation + 1,
+        successor: volume.active.clone(),
+        successor_identity: volume.active_identity.clone(),
+        when: "the last mount there".to_owned(),
+    })
+}
+
+/// Random ids decide where both have one; else everything that a file system tells, size aside (it may have grown).
+pub(super) fn is_same(one: &Identity, other: &Identity) -> bool {
+    match (&one.id, &other.id) {
+        (Some(one), Some(other)) => one == other,
+        _ => (one.device, one.inode, one.birth_ns) == (other.device, other.inode, other.birth_ns),
+    }
+}
+
+/// True if the successor was itself superseded by this image, later.
+fn is_active_again(image: &dyn Image, mark: &Mark, marks: &Marks) -> bool {
+    let Ok(identity) = image.identity() else { return false };
+    let later = mark_of(Path::new(&mark.successor), marks);
+    later.is_some_and(|(_, later)| {
+        later.is_some_and(|later| later.generation > mark.generation && is_same(&later.successor_identity, &identity))
+    })
+}
+
+/// Looks at an image without locking it: its identity and its mark.
+fn mark_of(path: &Path, marks: &Marks) -> Option<(Identity, Option<Mark>)> {
+    let options =
+        OpenOptions { role: Role::Observer, format: Some(crate::image::Format::Raw), ..OpenOptions::default() };
+    let image = open(path, &options).ok()?;
+    let identity = image.identity().ok()?;
+    let mark = marks.read_mark(locked_descriptor(&*image)?, &identity).ok()?;
+    Some((identity, mark))
+}
+
+/// A successor is followed only if it is the image that the mark was written for.
+fn check_successor(mark: &Mark, marks: &Marks) -> Result<()> {
+    let Some((identity, _)) = mark_of(Path::new(&mark.successor), marks) else {
+        let what = "the successor cannot be opened:";
+        return Err(Error::new(ErrorKind::Superseded, what).on(&*mark.successor).advise("is its file system mounted?"));
+    };
+    if is_same(&identity, &mark.successor_identity) {
+        return Ok(());
+    }
+    let what = "what lies there now is not the image that the disk was cut over to:";
+    Err(Error::new(ErrorKind::Superseded, what).on(&*mark.successor).advise("mount the right image by its own path"))
+}
+
+fn settle_on(
+    config: &MountConfig,
+    volume: &VolumeConfig,
+    image: Arc<dyn Image>,
+    recorded: Option<&MountState>,
+    marks: &Marks,
+    generation: u64,
+) -> Result<OpenedVolume> {
+    if !config.read_only {
+        if let Some(descriptor) = locked_descriptor(&*image) {
+            marks.ensure_id(descriptor.as_fd())?;
+            marks.clear(descriptor.as_fd(), &image.identity()?)?;
+        }
+    }
+    let identity = image.identity()?;
+    let known =
+        recorded.and_then(|state| state.volumes.iter().find(|known| is_same(&known.active_identity, &identity)));
+    let former: Vec<FormerImage> = known.map(|known| known.superseded.clone()).unwrap_or_default();
+    let state = VolumeState {
+        id: match (known, &identity.id) {
+            (Some(known), _) => known.id.clone(),
+            (None, Some(id)) => id.clone(),
+            (None, None) => random_id()?,
+        },
+        name: volume.name.clone(),
+        source: volume.source.clone(),
+        format: image.format(),
+        active: image.name().to_owned(),
+        generation: known.map_or(0, |known| known.generation).max(generation),
+        superseded: former.into_iter().filter(|former| !is_same(&former.identity, &identity)).collect(),
+        active_identity: identity,
+        shown: known.and_then(|known| known.shown),
+        last_mirror: known.and_then(|known| known.last_mirror.clone()),
+    };
+    Ok(OpenedVolume { image, state })
+}

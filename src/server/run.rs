@@ -1,0 +1,243 @@
+//! The server's life: open, mount, serve, leave.
+//!
+//! ```text
+//! start message ──> open and lock the images ──> record ──> park ──> connection ──> control socket ──> session ──> serving
+//!                                                                                          leave <── unmounted
+//! ```
+//!
+//! Every server starts this way; the first one finds nothing parked and has the keeper mount. What fails before the mount
+//! leaves nothing behind.
+
+use std::os::fd::OwnedFd;
+
+use signal_hook::consts::{SIGINT, SIGTERM};
+
+use super::backend::Server;
+use super::config::MountConfig;
+use super::departure::Departure;
+use super::ledger::{Ledger, parking_name};
+use super::opening::{OpenedVolume, open_again, open_first};
+use crate::control::device_names;
+use crate::control::server::ControlServer;
+use crate::error::{Error, ErrorKind, Result};
+use crate::fuse::{Disks, KeeperLink, ServingSession, Start};
+use crate::image::DescriptorRole;
+use crate::state::runtime::withdraw;
+use crate::state::{Marks, MountState, RuntimeRecord, RuntimeVolume, Store};
+use crate::sync::Arc;
+use crate::volume::{Volume, VolumeOptions};
+
+/// Runs a server; its standard input is the link to the keeper. Returns the exit code: 0 after a clean end.
+pub fn main() -> u8 {
+    let link = match KeeperLink::from_stdin() {
+        Ok(link) => Arc::new(link),
+        Err(error) => {
+            log::error!("{error}");
+            return 1;
+        }
+    };
+    match serve(&link) {
+        Ok(()) => 0,
+        Err(error) => {
+            log::error!("{error}");
+            link.failed(&error);
+            error.exit_code().max(1)
+        }
+    }
+}
+
+fn serve(link: &Arc<KeeperLink>) -> Result<()> {
+    let start = link.receive_start()?;
+    let config = start.config.clone();
+    let (ledger, opened, new_state) = prepare(link, start)?;
+    let volumes: Vec<_> = opened.into_iter().map(|one| volume(&config, one)).collect();
+    let result = run(link, &config, ledger, volumes);
+    if result.is_err() && new_state {
+        // Nothing was ever mounted there: no trace stays.
+        let _ = Store::open_existing(&config.state_dir, nix::unistd::geteuid().as_raw())
+            .map(|store| store.map(|store| store.remove()));
+        let _ = std::fs::remove_dir(&config.state_dir);
+    }
+    result
+}
+
+/// Opens everything and writes the record. True: there was no record before, and nothing is mounted yet.
+fn prepare(link: &Arc<KeeperLink>, start: Start) -> Result<(Arc<Ledger>, Vec<OpenedVolume>, bool)> {
+    let Start { config, parked, restarts, last_exit, first, .. } = start;
+    let marks = Marks::new()?;
+    let owner = nix::unistd::geteuid().as_raw();
+    let recorded = match Store::open_existing(&config.state_dir, owner)?.map(|store| store.load()) {
+        Some(Err(error)) if error.kind() == ErrorKind::Corrupt && first && config.force => {
+            log::warn!("{error}; mounted all the same");
+            None
+        }
+        Some(Err(error)) if error.kind() == ErrorKind::Corrupt && first => {
+            let advice = "which image is active is not guessed: if the one that you name is, pass --force";
+            return Err(error.advise(advice));
+        }
+        Some(recorded) => recorded?,
+        None => None,
+    };
+    let mut opened = Vec::new();
+    let mut parked = parked;
+    for volume in &config.volumes {
+        opened.push(match (first, recorded.as_ref().and_then(|state| state.volume(&volume.name))) {
+            (false, Some(state)) => open_again(&config, state, take_parked(&mut parked, &state.active))?,
+            (false, None) => {
+                return Err(Error::new(ErrorKind::Corrupt, "the record of the mount does not know").on(&volume.name));
+            }
+            (true, _) => open_first(&config, volume, recorded.as_ref(), &marks)?,
+        });
+    }
+    let state = MountState {
+        mountpoint: config.mountpoint.clone(),
+        restarts,
+        last_exit,
+        volumes: opened.iter().map(|one| one.state.clone()).collect(),
+    };
+    let new_state = first && recorded.is_none();
+    let store = Store::open(&config.state_dir)?;
+    if first {
+        store.remove_leftovers();
+    }
+    let ledger = Ledger::new(store, marks, link.clone(), state);
+    let saved = ledger.change(|_| ());
+    if let Err(error) = saved {
+        if new_state {
+            let _ = std::fs::remove_dir(&config.state_dir);
+        }
+        return Err(error.advise("the state directory must be writable, see --state-dir"));
+    }
+    for one in &opened {
+        ledger.park(&*one.image);
+    }
+    // Of a mirror that the last server did not end: nobody uses its target any more.
+    for (name, _, _) in parked {
+        if let Some(image) = name.strip_prefix(&parking_name("")) {
+            if !opened.iter().any(|one| one.image.name() == image) {
+                ledger.unpark(image);
+            }
+        }
+    }
+    Ok((ledger, opened, new_state))
+}
+
+fn take_parked(parked: &mut Vec<(String, DescriptorRole, OwnedFd)>, image: &str) -> Option<OwnedFd> {
+    let name = parking_name(image);
+    let at = parked.iter().position(|(other, role, _)| *other == name && *role == DescriptorRole::Locked)?;
+    Some(parked.swap_remove(at).2)
+}
+
+fn volume(config: &MountConfig, opened: OpenedVolume) -> Arc<Volume> {
+    let OpenedVolume { image, state } = opened;
+    let options = VolumeOptions {
+        name: state.name,
+        id: state.id,
+        read_only: config.read_only,
+        growable: config.growable,
+        shown: state.shown.unwrap_or_default(),
+    };
+    Arc::new(Volume::new(options, image))
+}
+
+fn run(link: &Arc<KeeperLink>, config: &MountConfig, ledger: Arc<Ledger>, volumes: Vec<Arc<Volume>>) -> Result<()> {
+    let keeper_pid = nix::unistd::getppid().as_raw().unsigned_abs();
+    let server = Server::new(config.clone(), volumes.clone(), ledger, Departure::new(link.clone()), keeper_pid);
+    let control = ControlServer::start(&config.control, server.clone())?;
+    let connection = link.opened()?;
+    let disks = Disks { layout: config.layout, volumes: volumes.clone() };
+    let session = ServingSession::start(connection.fd, &connection.negotiated, disks, threads())?;
+    start_departure(&server)?;
+    let mount_id = MountConfig::mount_id(&config.mountpoint);
+    publish(config, &server, keeper_pid, &mount_id);
+    link.watch();
+    link.serving(&server.disks())?;
+    log::info!("serving {}", config.mountpoint.display());
+
+    let ended = session.wait();
+    if ended.is_ok() {
+        server.end_jobs();
+    }
+    server.flush_all();
+    if let Err(error) = server.save_shown() {
+        log::error!("{error}");
+    }
+    if ended.is_ok() {
+        for result in [withdraw(&mount_id), config.pidfile.as_ref().map_or(Ok(()), remove_pidfile)] {
+            if let Err(error) = result {
+                log::warn!("{error}");
+            }
+        }
+        tell_the_way(config, &volumes);
+    }
+    control.shutdown();
+    ended
+}
+
+/// Enough for the disks' queues without a crowd on few processors.
+fn threads() -> usize {
+    std::thread::available_parallelism().map_or(4, |cores| (cores.get() * 2).clamp(4, 16))
+}
+
+/// Signals and `quit` end the mount from a thread that may wait.
+fn start_departure(server: &Arc<Server>) -> Result<()> {
+    let failed = |error: std::io::Error| Error::io("cannot watch for signals", &error);
+    let mut signals = signal_hook::iterator::Signals::new([SIGTERM, SIGINT]).map_err(failed)?;
+    let asked = server.clone();
+    std::thread::Builder::new()
+        .name("signals".into())
+        .spawn(move || signals.forever().for_each(|_| asked.departure.ask()))
+        .map_err(failed)?;
+    let leaving = server.clone();
+    std::thread::Builder::new()
+        .name("departure".into())
+        .spawn(move || leaving.departure.run(&leaving))
+        .map_err(failed)?;
+    Ok(())
+}
+
+/// Lets the command line find this server. Without it the disks still serve.
+fn publish(config: &MountConfig, server: &Server, keeper_pid: u32, mount_id: &str) {
+    let devices = device_names(server.volumes.iter().map(|volume| volume.name()));
+    let volumes = config.volumes.iter().zip(devices).map(|(volume, device)| RuntimeVolume {
+        name: volume.name.clone(),
+        source: volume.source.clone(),
+        device,
+    });
+    let record = RuntimeRecord {
+        mountpoint: config.mountpoint.clone(),
+        server_pid: std::process::id(),
+        keeper_pid: Some(keeper_pid),
+        control: config.control.clone(),
+        state_dir: config.state_dir.clone(),
+        volumes: volumes.collect(),
+        started: humantime::format_rfc3339_seconds(std::time::SystemTime::now()).to_string(),
+    };
+    if let Err(error) = record.publish(mount_id) {
+        log::error!("{error}");
+    }
+    if let Some(pidfile) = &config.pidfile {
+        if let Err(error) = std::fs::write(pidfile, format!("{}\n", std::process::id())) {
+            log::error!("cannot write {}: {error}", pidfile.display());
+        }
+    }
+}
+
+fn remove_pidfile(path: &std::path::PathBuf) -> Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(Error::io("cannot remove", &error).on(path.display().to_string()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// A disk that was cut over is somewhere else from now on, above all where the mount lay over the old image itself.
+fn tell_the_way(config: &MountConfig, volumes: &[Arc<Volume>]) {
+    for (configured, volume) in config.volumes.iter().zip(volumes) {
+        let active = volume.active();
+        if active.name() != configured.source.display().to_string() {
+            log::warn!("{}: the disk is {} from now on", configured.source.display(), active.name());
+        }
+    }
+}

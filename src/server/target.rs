@@ -1,0 +1,111 @@
+//! The target of a mirror: checked, then created or opened. What fails leaves nothing behind.
+
+use std::path::Path;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::{CacheMode, Image, OpenOptions, Role, create, open, own_mount, refuse_same, sync_parent_directory};
+use crate::mirror::types::MirrorOptions;
+use crate::sync::Arc;
+use crate::volume::Volume;
+
+/// An open, locked target.
+pub(super) struct Target {
+    pub(super) image: Arc<dyn Image>,
+    /// Made just now: all holes.
+    pub(super) created: bool,
+}
+
+/// What is at the target's path, as far as can be told without opening it.
+pub(super) enum Place {
+    /// Nothing: to be created.
+    Free,
+    /// A file or device to be written into.
+    Taken,
+}
+
+/// Checks everything about the target that needs no opening.
+///
+/// # Errors
+/// The first thing that is wrong with it.
+pub(super) fn check(volumes: &[Arc<Volume>], options: &MirrorOptions) -> Result<Place> {
+    let path = Path::new(&options.target);
+    if !path.is_absolute() {
+        return Err(Error::usage("the target must be an absolute path:").on(&*options.target));
+    }
+    own_mount::refuse_inside(path)?;
+    for volume in volumes {
+        refuse_same(&*volume.active(), path)?;
+    }
+    match std::fs::metadata(path) {
+        Ok(meta) if meta.is_dir() => {
+            Err(Error::usage("the target is a directory:").on(&*options.target).advise("name a file in it"))
+        }
+        Ok(_) if options.existing => Ok(Place::Taken),
+        Ok(_) => Err(Error::new(ErrorKind::Exists, "the target exists already:")
+            .on(&*options.target)
+            .advise("--existing writes into it; what it holds is then lost")),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            let directory = path.parent().unwrap_or(Path::new("/"));
+            if !directory.is_dir() {
+                let what = "the target's directory does not exist:";
+                return Err(Error::new(ErrorKind::NotFound, what)
+                    .on(directory.display().to_string())
+                    .advise("create it, or mount its file system"));
+            }
+            if options.existing {
+                return Err(Error::new(ErrorKind::NotFound, "there is no such target:")
+                    .on(&*options.target)
+                    .advise("without --existing it is created"));
+            }
+            Ok(Place::Free)
+        }
+        Err(error) => Err(Error::io("cannot look at the target", &error).on(&*options.target)),
+    }
+}
+
+/// Creates or opens the target of a mirror of `volume`.
+///
+/// # Errors
+/// As [`check`]; it cannot be created, opened or locked; it is smaller than the disk.
+pub(super) fn prepare(
+    volume: &Volume,
+    volumes: &[Arc<Volume>],
+    options: &MirrorOptions,
+    cache: CacheMode,
+) -> Result<Target> {
+    let path = Path::new(&options.target);
+    let open_options =
+        OpenOptions { format: options.format, writable: true, cache, role: Role::Target, descriptor: None };
+    match check(volumes, options)? {
+        Place::Taken => {
+            let image = open(path, &open_options)?;
+            if image.size_bytes() < volume.size_bytes() {
+                let what = format!(
+                    "the target is too small ({} bytes, the disk has {}):",
+                    image.size_bytes(),
+                    volume.size_bytes()
+                );
+                return Err(Error::usage(what).on(&*options.target).advise("make it as large as the disk"));
+            }
+            Ok(Target { image, created: false })
+        }
+        Place::Free => {
+            let like = volume.active().attributes().ok();
+            let image = create(path, volume.size_bytes(), like.as_ref(), &open_options)?;
+            if let Err(error) = sync_parent_directory(path) {
+                discard(&Target { image, created: true });
+                return Err(error);
+            }
+            Ok(Target { image, created: true })
+        }
+    }
+}
+
+/// Removes a target that was created for a job that did not start.
+pub(super) fn discard(target: &Target) {
+    if let (true, Some(path)) = (target.created, target.image.path()) {
+        if let Err(error) = std::fs::remove_file(&path) {
+            log::warn!("cannot remove {}: {error}", path.display());
+        }
+    }
+}

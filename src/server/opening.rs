@@ -104,7 +104,8 @@ fn newest_mark(image: &dyn Image, recorded: Option<&MountState>, marks: &Marks) 
     };
     let from_record =
         recorded.and_then(|state| state.volumes.iter().find_map(|volume| recorded_mark(volume, &identity)));
-    Ok([own, from_record].into_iter().flatten().max_by_key(|mark| mark.generation))
+    // Of two that say the same, the image's own knows when.
+    Ok([from_record, own].into_iter().flatten().max_by_key(|mark| mark.generation))
 }
 
 fn recorded_mark(volume: &VolumeState, identity: &Identity) -> Option<Mark> {

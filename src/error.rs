@@ -5,7 +5,7 @@ use std::io;
 
 use crate::range::ByteRange;
 
-/// Shorthand for results with [`enum@Error`].
+/// Shorthand for results with [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// What kind of failure it is, for the callers that must decide (policies, exit codes, errno for the guest).

@@ -1,6 +1,6 @@
 //! The command line: one module for each verb, all behind [`Cli`].
 //!
-//! A verb talks to a mount through its control socket only ([`place`] finds it); `mount`, `list` and what concerns a dead
+//! A verb talks to a mount through its control socket only (`place` finds it); `mount`, `list` and what concerns a dead
 //! server cannot. Nothing here looks at or below a mount of ours. An error ends the process with its kind's exit code, after
 //! one line that says what was wrong and one that says what to do ([`report`]).
 

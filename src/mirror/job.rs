@@ -4,7 +4,7 @@
 //! some *copiers*. They share this object; nothing else in the crate waits for them.
 //!
 //! Lock order: `live` and `state` are leaves, never held while an image, the barrier or a listener is called; events are emitted
-//! by whoever changed the state, in order, through [`Job::transition`].
+//! by whoever changed the state, in order, through `Job::transition`.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};

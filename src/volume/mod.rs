@@ -1,6 +1,6 @@
 //! The live disk: what the guest reads and writes.
 //!
-//! A volume has one *active* image. Everything that may change it goes one way, [`Volume::modify`]:
+//! A volume has one *active* image. Everything that may change it goes one way, `Volume::modify`:
 //!
 //! ```text
 //! enter the barrier -> change the active image -> mark the dirty map -> leave -> reply

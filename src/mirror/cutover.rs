@@ -19,10 +19,15 @@ use crate::image::Image;
 use crate::sync::{Arc, Mutex, MutexGuard, wait_until};
 use crate::volume::Volume;
 use crate::volume::barrier::Raised;
-use crate::volume::target_queue::Answer;
 
 /// The pause that is allowed where nothing else is told.
 pub const MAX_PAUSE_DEFAULT: Duration = Duration::from_millis(50);
+/// After an attempt that held guests in vain they are left alone for so many times its pause.
+const REST_PAUSES: u32 = 10;
+/// ... and no longer than this.
+const REST_MAX: Duration = Duration::from_secs(2);
+/// The flush before the barrier may take this long; a target that hangs must not keep a cancel waiting.
+const FLUSH_PATIENCE: Duration = Duration::from_secs(5);
 /// While undecided, a record is tried this often.
 const SETTLE_EVERY: Duration = Duration::from_millis(200);
 
@@ -88,7 +93,8 @@ pub enum Ending {
 /// Carries out cutovers, one at a time in a mount.
 pub struct Cutovers {
     committer: Arc<dyn Committer>,
-    running: Mutex<()>,
+    /// Locked by the one that runs; holds when guests may be held again after an attempt in vain.
+    running: Mutex<Option<Instant>>,
 }
 
 /// What one attempt works with, for one volume.
@@ -106,11 +112,11 @@ impl std::fmt::Debug for Cutovers {
 impl Cutovers {
     /// Cutovers made durable by `committer`.
     pub fn new(committer: Arc<dyn Committer>) -> Arc<Self> {
-        Arc::new(Cutovers { committer, running: Mutex::new(()) })
+        Arc::new(Cutovers { committer, running: Mutex::new(None) })
     }
 
     /// Keeps every cutover of the mount away while the result lives.
-    pub(super) fn exclusive(&self) -> MutexGuard<'_, ()> {
+    pub(super) fn exclusive(&self) -> MutexGuard<'_, Option<Instant>> {
         self.running.lock()
     }
 
@@ -120,16 +126,18 @@ impl Cutovers {
     /// # Errors
     /// `NotNow`: nothing has changed, another attempt may succeed. Else the switch failed for good; the guests go on.
     pub fn attempt(&self, jobs: &[Arc<Job>], ending: Ending, max_pause: Duration, patience: Duration) -> Result<f64> {
-        let _one = self.running.lock();
         let give_up_at = Instant::now() + patience;
+        let mut rest_until = self.running.lock();
         let participants = gather(jobs)?;
+        wait_until_near(&participants, max_pause, Duration::ZERO, *rest_until, give_up_at)?;
         let flush_took = flush_beforehand(&participants)?;
         let switches: Vec<Switch> = participants.iter().map(Participant::switch).collect();
         let record = match ending {
             Ending::Switch => Some(self.committer.prepare(&switches)?),
             Ending::Copy => None,
         };
-        wait_until_near(&participants, max_pause, flush_took, give_up_at)?;
+        wait_until_near(&participants, max_pause, flush_took, *rest_until, give_up_at)?;
+        *rest_until = Some(Instant::now() + max_pause.saturating_mul(REST_PAUSES).min(REST_MAX));
 
         let raised_at = Instant::now();
         let deadline = raised_at + max_pause;
@@ -159,6 +167,7 @@ impl Cutovers {
             self.committer.switched(&switches);
         }
         announce(&participants, ending, pause_ms);
+        *rest_until = None;
         Ok(pause_ms)
     }
 
@@ -260,12 +269,7 @@ fn gather(jobs: &[Arc<Job>]) -> Result<Vec<Participant>> {
 /// Leaves little for the flush under the barrier. Returns how long the slowest took.
 fn flush_beforehand(participants: &[Participant]) -> Result<Duration> {
     let start = Instant::now();
-    for one in participants {
-        if let Err(error) = one.live.target.flush(&one.live.map) {
-            one.job.copy_failed(Operation::Write, error);
-            return Err(Error::not_now(format!("the target of {} cannot be flushed", one.job.volume.name())));
-        }
-    }
+    flush_all(participants, start + FLUSH_PATIENCE, "takes very long")?;
     Ok(start.elapsed())
 }
 
@@ -273,13 +277,15 @@ fn wait_until_near(
     participants: &[Participant],
     max_pause: Duration,
     flush_took: Duration,
+    rest_until: Option<Instant>,
     give_up_at: Instant,
 ) -> Result<()> {
     // The flush under the barrier has little left to write; the one before it is the upper bound of what it takes.
     let budget = max_pause.saturating_sub(flush_took.min(max_pause / 2)) / 2;
     loop {
         let predicted = participants.iter().map(Participant::predicted_drain).sum::<Duration>();
-        if predicted <= budget {
+        let rested = rest_until.is_none_or(|until| until <= Instant::now());
+        if predicted <= budget && rested {
             return Ok(());
         }
         if Instant::now() >= give_up_at {
@@ -344,24 +350,29 @@ fn drain(participants: &[Participant], deadline: Instant) -> Result<()> {
 }
 
 fn flush_under_barrier(participants: &[Participant], deadline: Instant) -> Result<()> {
-    let late = |one: &Participant| {
-        let text = format!("flushing the target of {} took longer than the pause", one.job.volume.name());
-        Error::not_now(text).advise("it is tried again; --max-pause allows a longer one")
-    };
-    // All at once: the pause is that of the slowest.
+    flush_all(participants, deadline, "took longer than the pause")?;
+    if Instant::now() >= deadline {
+        return Err(Error::not_now("flushing the target took longer than the pause"));
+    }
+    Ok(())
+}
+
+/// All at once: the time it takes is that of the slowest.
+fn flush_all(participants: &[Participant], deadline: Instant, late: &str) -> Result<()> {
     let tickets: Vec<_> = participants.iter().map(|one| (one, one.live.tracking.queue().submit_flush())).collect();
     for (one, ticket) in tickets {
-        match ticket.ok_or_else(|| late(one))?.wait(Some(deadline)) {
-            Answer::Done(Ok(()), _) => (),
-            Answer::Done(Err(error), _) => {
+        let name = one.job.volume.name();
+        match ticket.and_then(|ticket| ticket.wait(Some(deadline))) {
+            Some((Ok(()), _)) => (),
+            Some((Err(error), _)) => {
                 one.job.copy_failed(Operation::Write, error);
-                return Err(Error::not_now(format!("the target of {} cannot be flushed", one.job.volume.name())));
+                return Err(Error::not_now(format!("the target of {name} cannot be flushed")));
             }
-            Answer::GivenUp => return Err(late(one)),
+            None => {
+                let error = Error::not_now(format!("flushing the target of {name} {late}"));
+                return Err(error.advise("it is tried again; --max-pause allows a longer pause"));
+            }
         }
-    }
-    if Instant::now() >= deadline {
-        return Err(late(&participants[0]));
     }
     Ok(())
 }

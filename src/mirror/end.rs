@@ -15,11 +15,7 @@ const PATIENCE: Duration = Duration::from_secs(3);
 
 pub(super) fn conclude(job: &Arc<Job>, live: Live, verdict: Verdict) {
     let good = matches!(verdict, Verdict::Finished | Verdict::Switched { .. });
-    if good {
-        walk_to_pending(job);
-    } else {
-        job.transition(JobStatus::Aborting);
-    }
+    walk_to(job, if good { JobStatus::Pending } else { JobStatus::Aborting });
     job.stopping.store(true, SeqCst);
     job.wake();
     let hung = wait_for_threads(job);
@@ -59,17 +55,18 @@ pub(super) fn conclude(job: &Arc<Job>, live: Live, verdict: Verdict) {
     }
 }
 
-/// A job that ends well passes through all the states that QEMU's does.
-fn walk_to_pending(job: &Job) {
+/// Passes through all the states that QEMU's jobs pass through: `waiting` before `pending`, and out of a pause before either.
+fn walk_to(job: &Job, last: JobStatus) {
     loop {
-        let next = match job.status() {
+        let status = job.status();
+        let next = match status {
             JobStatus::Standby => JobStatus::Ready,
             JobStatus::Paused => JobStatus::Running,
+            _ if status.may_become(last) => last,
             JobStatus::Running | JobStatus::Ready => JobStatus::Waiting,
-            JobStatus::Waiting => JobStatus::Pending,
             _ => return,
         };
-        job.transition(next);
+        job.transition_from(status, next);
     }
 }
 

@@ -174,16 +174,28 @@ impl Job {
         self.live.lock().clone()
     }
 
-    /// Goes to `status` and tells everybody. The only way in which a job's status changes.
+    /// Goes to `status` and tells everybody.
     pub(super) fn transition(&self, status: JobStatus) {
+        let from = self.status();
+        debug_assert!(from.may_become(status), "{from:?} -> {status:?}");
+        self.transition_from(from, status);
+    }
+
+    /// Goes from one state to another and tells everybody, unless the job is in a third one by now. With
+    /// [`Job::transition`] the only way in which a job's status changes.
+    pub(super) fn transition_from(&self, from: JobStatus, status: JobStatus) -> bool {
         {
             let mut state = self.state.lock();
-            debug_assert!(state.status.may_become(status), "{:?} -> {status:?}", state.status);
+            if state.status != from {
+                return false;
+            }
             state.status = status;
+            state.ready |= status == JobStatus::Ready;
         }
         log::info!("job {}: {}", self.id(), status.word());
         self.events.emit(&JobEvent::StatusChange { job_id: self.id().to_owned(), status });
-        self.changed.notify_all();
+        self.notify();
+        true
     }
 
     /// The numbers of a block job event.
@@ -238,16 +250,19 @@ impl Job {
     pub(super) fn show_pause(&self) {
         let (paused, status) = {
             let state = self.state.lock();
-            (state.user_paused || state.error_paused, state.status)
+            if state.verdict.is_some() {
+                return;
+            }
+            (state.is_paused(), state.status)
         };
         self.holding.store(paused, SeqCst);
         match (paused, status) {
-            (true, JobStatus::Running) => self.transition(JobStatus::Paused),
-            (true, JobStatus::Ready) => self.transition(JobStatus::Standby),
-            (false, JobStatus::Paused) => self.transition(JobStatus::Running),
-            (false, JobStatus::Standby) => self.transition(JobStatus::Ready),
-            _ => (),
-        }
+            (true, JobStatus::Running) => self.transition_from(status, JobStatus::Paused),
+            (true, JobStatus::Ready) => self.transition_from(status, JobStatus::Standby),
+            (false, JobStatus::Paused) => self.transition_from(status, JobStatus::Running),
+            (false, JobStatus::Standby) => self.transition_from(status, JobStatus::Ready),
+            _ => true,
+        };
         self.wake();
     }
 

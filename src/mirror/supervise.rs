@@ -8,6 +8,7 @@ use super::job::{Job, Live, Verdict, Wish};
 use super::types::{CopyMode, JobEvent, JobStatus, Operation};
 use super::{copy, end, scan};
 use crate::sync::{Arc, wait_until};
+use crate::volume::target_queue::Ticket;
 
 /// How often a job that has work looks at itself.
 const TICK: Duration = Duration::from_millis(50);
@@ -71,12 +72,13 @@ fn start_thread(job: &Arc<Job>, name: &str, body: impl FnOnce() + Send + 'static
 fn supervise(job: &Arc<Job>, live: &Live) {
     let mut convergence =
         Convergence { window: Instant::now(), dirty_then: u64::MAX, quiet_since: Instant::now(), traffic_then: 0 };
+    let mut flush = None;
     loop {
         if job.verdict().is_some() {
             return;
         }
         let retry_at = job.end_back_off();
-        if becomes_ready(job, live) {
+        if becomes_ready(job, live, &mut flush) {
             continue;
         }
         if fulfil_wish(job) {
@@ -87,31 +89,33 @@ fn supervise(job: &Arc<Job>, live: &Live) {
     }
 }
 
-/// Ready: a flush of the target that began while nothing was dirty or in flight has succeeded.
-fn becomes_ready(job: &Job, live: &Live) -> bool {
+/// Ready: a flush of the target that began while nothing was dirty or in flight has succeeded. The flush runs on the target's
+/// queue: a target that hangs in it keeps the job from being ready, not from being cancelled.
+fn becomes_ready(job: &Job, live: &Live, flush: &mut Option<Ticket>) -> bool {
     {
         let state = job.state.lock();
         if state.ready || !state.scanned || state.status != JobStatus::Running {
             return false;
         }
     }
-    if !live.map.is_in_sync() && !is_in_sync_for_a_moment(job, live) {
-        return false;
+    if flush.is_none() {
+        if !live.map.is_in_sync() && !is_in_sync_for_a_moment(job, live) {
+            return false;
+        }
+        *flush = live.tracking.queue().submit_flush();
     }
-    if let Err(error) = live.target.flush(&live.map) {
+    let Some(ticket) = flush.as_ref() else { return false };
+    let Some((result, _)) = ticket.wait(Some(Instant::now() + TICK)) else { return false };
+    *flush = None;
+    if let Err(error) = result {
         job.copy_failed(Operation::Write, error);
         return true;
     }
     job.copy_went_well();
-    {
-        let mut state = job.state.lock();
-        // A verb may have come in between; then the next look decides.
-        if state.status != JobStatus::Running || state.verdict.is_some() {
-            return true;
-        }
-        state.ready = true;
+    // A verb may have come in between; then the next look decides.
+    if job.verdict().is_some() || !job.transition_from(JobStatus::Running, JobStatus::Ready) {
+        return true;
     }
-    job.transition(JobStatus::Ready);
     job.events.emit(&JobEvent::Ready(job.progress()));
     true
 }
@@ -137,9 +141,8 @@ fn fulfil_wish(job: &Arc<Job>) -> bool {
         Wish::Finish => Ending::Copy,
         Wish::Complete if job.options.auto_finalize => Ending::Switch,
         Wish::Complete => {
-            if status == JobStatus::Ready {
+            if job.transition_from(JobStatus::Ready, JobStatus::Waiting) {
                 // Guests are not held meanwhile: the switch comes with `finalize`.
-                job.transition(JobStatus::Waiting);
                 job.transition(JobStatus::Pending);
                 job.events.emit(&JobEvent::Pending { job_id: job.id().to_owned() });
             }

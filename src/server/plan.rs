@@ -25,7 +25,7 @@ pub(super) fn plan(volume: &Volume, volumes: &[Arc<Volume>], options: &MirrorOpt
     let path = Path::new(&options.target);
     let directory = if matches!(place, Place::Free) { path.parent().unwrap_or(path) } else { path };
     let available_bytes =
-        nix::sys::statvfs::statvfs(directory).ok().map(|fs| fs.blocks_available() as u64 * fs.fragment_size() as u64);
+        nix::sys::statvfs::statvfs(directory).ok().map(|fs| fs.blocks_available() * fs.fragment_size());
     let method = match place {
         Place::Free => "created sparse; data is copied, holes stay holes",
         Place::Taken => "data is copied into what is there, holes are freed or zeroed",

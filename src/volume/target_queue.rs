@@ -10,7 +10,7 @@ use std::time::Instant;
 use super::Change;
 use super::target::Target;
 use crate::dirty::{DirtyMap, Hold};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::range::ByteRange;
 use crate::sync::{Arc, Condvar, Mutex, wait_until};
 
@@ -65,19 +65,13 @@ enum Slot {
     GivenUp,
 }
 
-/// A request under way.
-#[must_use]
+/// A request under way. Dropping it gives up on the request: it goes on without its guest, and marks its range when it ends.
+#[must_use = "dropping a ticket gives up on its request"]
 #[derive(Debug)]
 pub struct Ticket(Arc<TicketState>);
 
-/// What became of a request by the time its guest stopped waiting.
-#[derive(Debug)]
-pub enum Answer {
-    /// The target has answered; the hold is handed back.
-    Done(Result<()>, Option<Hold>),
-    /// Time is up. The request goes on without its guest and marks its range when it ends.
-    GivenUp,
-}
+/// The target's answer; the hold of a change is handed back.
+pub type Answer = (Result<()>, Option<Hold>);
 
 impl TargetQueue {
     /// A queue in front of `target`; `map` gets the ranges of a failed flush.
@@ -170,19 +164,27 @@ impl TargetQueue {
 }
 
 impl Ticket {
-    /// Waits for the target's answer until `deadline` (`None`: for ever).
-    pub fn wait(self, deadline: Option<Instant>) -> Answer {
+    /// Waits for the target's answer until `deadline` (`None`: for ever). Nothing: time is up, the request is still under way.
+    /// An answer is given once.
+    pub fn wait(&self, deadline: Option<Instant>) -> Option<Answer> {
         let mut slot = self.0.slot.lock();
         loop {
-            match std::mem::take(&mut *slot) {
-                Slot::Answered(result, hold) => return Answer::Done(result, hold),
-                Slot::GivenUp => return Answer::Done(Err(Error::not_now("the request was given up on")), None),
-                Slot::Pending => (),
+            if let Slot::Answered(..) = *slot {
+                if let Slot::Answered(result, hold) = std::mem::take(&mut *slot) {
+                    return Some((result, hold));
+                }
             }
             if !wait_until(&self.0.answered, &mut slot, deadline) && matches!(*slot, Slot::Pending) {
-                *slot = Slot::GivenUp;
-                return Answer::GivenUp;
+                return None;
             }
         }
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        // An answer that nobody took is dropped with its hold, which marks the range.
+        let answer = std::mem::replace(&mut *self.0.slot.lock(), Slot::GivenUp);
+        drop(answer);
     }
 }

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use super::Change;
 use super::target::Target;
-use super::target_queue::{Answer, TargetQueue};
+use super::target_queue::TargetQueue;
 use crate::dirty::DirtyMap;
 use crate::error::{Error, Result};
 use crate::image::Image;
@@ -139,17 +139,17 @@ impl Tracking {
         };
         let result = change.apply(source);
         match ticket.wait(Some(deadline)) {
-            Answer::Done(Ok(()), Some(hold)) if result.is_ok() => {
+            Some((Ok(()), Some(hold))) if result.is_ok() => {
                 hold.finish();
                 self.synchronous_bytes.fetch_add(change.range().len(), Ordering::Relaxed);
             }
-            Answer::Done(written, hold) => {
+            Some((written, hold)) => {
                 drop(hold);
                 if let Err(error) = written {
                     self.observer.target_failed(&error);
                 }
             }
-            Answer::GivenUp => {
+            None => {
                 self.map.mark(change.range());
                 self.fall_back();
             }
@@ -167,9 +167,9 @@ impl Tracking {
         let result = source.flush();
         if let Some(ticket) = ticket {
             match ticket.wait(Some(deadline)) {
-                Answer::Done(Err(error), _) => self.observer.target_failed(&error),
-                Answer::Done(Ok(()), _) => (),
-                Answer::GivenUp => self.fall_back(),
+                Some((Err(error), _)) => self.observer.target_failed(&error),
+                Some((Ok(()), _)) => (),
+                None => self.fall_back(),
             }
         }
         result

@@ -135,3 +135,18 @@ fn a_job_that_hangs_in_its_target_can_be_cancelled() {
     gate.open();
     wait_for("the image is free", || Arc::strong_count(&target) == 1);
 }
+
+#[test]
+fn a_job_whose_target_hangs_in_a_flush_can_be_cancelled() {
+    let world = World::new();
+    let volume = volume("disk", disk(1));
+    let gate = Gate::new();
+    let target = FaultyImage::new(MemoryImage::new("target", 1 << 20));
+    target.add(Fault::new(Operation::Flush, Effect::Before(gate.clone())));
+    let job = world.mirror(&volume, target, MirrorOptions::new("j", "target"));
+    gate.wait_for_arrivals(1);
+    assert_eq!(job.status(), JobStatus::Running, "not ready before the flush has succeeded");
+    job.cancel(CancelMode::Force, false).unwrap();
+    assert!(job.wait_ended(None));
+    gate.open();
+}

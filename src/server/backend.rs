@@ -68,6 +68,14 @@ impl Server {
         let jobs = Arc::new(Jobs { ledger: ledger.clone(), list: Mutex::default() });
         let events = Arc::new(EventHub::default());
         let starting = Mutex::new(());
+        for volume in &volumes {
+            let (ledger, weak) = (ledger.clone(), Arc::downgrade(volume));
+            volume.on_shown_changed(move || {
+                if let Some(volume) = weak.upgrade() {
+                    ledger.shown_changed(&volume);
+                }
+            });
+        }
         Arc::new(Server { config, volumes, devices, ledger, departure, keeper_pid, events, cutovers, jobs, starting })
     }
 
@@ -144,17 +152,6 @@ impl Server {
                 log::error!("{error}");
             }
         }
-    }
-
-    /// Writes down what guests changed of the shown attributes.
-    pub(super) fn save_shown(&self) -> Result<()> {
-        self.ledger.change(|state| {
-            for volume in &self.volumes {
-                if let Some(known) = state.volume_mut(volume.name()) {
-                    known.shown = Some(volume.shown());
-                }
-            }
-        })
     }
 
     fn cut_over(&self, jobs: &[Arc<Job>], request: &CutoverRequest) -> Result<Vec<CutoverReport>> {

@@ -18,6 +18,9 @@ pub(super) const JOB_PATIENCE: Duration = Duration::from_secs(10);
 /// How often a mount that was told to end is tried again while it is in use. The kernel tells nobody that it is free.
 const RETRY_EVERY: Duration = Duration::from_secs(1);
 
+/// How long an aborted session may take to end.
+const ABORT_PATIENCE: Duration = Duration::from_secs(3);
+
 /// See the module.
 pub(super) struct Departure {
     link: Arc<KeeperLink>,
@@ -64,10 +67,11 @@ impl Departure {
     /// `NotNow`: the disks are in use; the message names who uses them.
     pub(super) fn unmount(&self, server: &Server, abort: bool) -> Result<()> {
         server.flush_all();
-        if let Err(error) = server.save_shown() {
-            log::error!("{error}");
-        }
         match self.link.request_unmount(abort) {
+            Ok(()) if abort => {
+                leave_soon(server);
+                Ok(())
+            }
             Err(error) if error.kind() == ErrorKind::NotNow => {
                 let mountpoint = &server.config.mountpoint;
                 let holders = self.holders(mountpoint);
@@ -93,5 +97,21 @@ impl Departure {
             }
         };
         table.at(mountpoint).map(holders::holders).unwrap_or_default()
+    }
+}
+
+/// An aborted connection may live as long as this process does (an ordinary user has no other switch), so the process ends
+/// itself when its session does not.
+fn leave_soon(server: &Server) {
+    let (config, volumes) = (server.config.clone(), server.volumes.clone());
+    let spawned = std::thread::Builder::new().name("abort".into()).spawn(move || {
+        std::thread::sleep(ABORT_PATIENCE);
+        log::warn!("the session does not end after the abort: leaving");
+        super::run::clean_up(&config, &volumes);
+        let _ = std::fs::remove_file(&config.control);
+        std::process::exit(0);
+    });
+    if let Err(error) = spawned {
+        log::error!("cannot watch the end of the session: {error}");
     }
 }

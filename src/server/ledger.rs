@@ -10,6 +10,7 @@ use crate::mirror::cutover::{CommitFailure, Committer, PreparedRecord, Switch};
 use crate::mirror::types::LastMirror;
 use crate::state::{CommitError, Mark, Marks, MountState, Prepared, Store, VolumeState};
 use crate::sync::{Arc, Mutex};
+use crate::volume::Volume;
 
 /// See the module.
 pub(super) struct Ledger {
@@ -72,6 +73,18 @@ impl Ledger {
         }
     }
 
+    /// Writes down what a guest's chmod or chown made of the shown attributes.
+    pub(super) fn shown_changed(&self, volume: &Volume) {
+        let saved = self.change(|state| {
+            if let Some(known) = state.volume_mut(volume.name()) {
+                known.shown = Some(volume.shown());
+            }
+        });
+        if let Err(error) = saved {
+            log::error!("{error}");
+        }
+    }
+
     /// Parks what an image offers, so that its locks outlive this server.
     pub(super) fn park(&self, image: &dyn Image) {
         for (role, descriptor) in image.descriptors() {
@@ -102,6 +115,8 @@ impl Ledger {
             let name = switch.volume.name();
             let volume = next.volume_mut(name).ok_or_else(|| Error::usage("no such volume in the record:").on(name))?;
             volume.generation = volume.generation.max(mark.map_or(0, |mark| mark.generation));
+            let size_bytes = switch.volume.size_bytes();
+            volume.size_bytes = (switch.new.size_bytes() > size_bytes).then_some(size_bytes);
             volume.cut_over(switch.new.name().to_owned(), identity, switch.new.format());
         }
         Ok(next)

@@ -187,6 +187,7 @@ fn settle_on(
         source: volume.source.clone(),
         format: image.format(),
         active: image.name().to_owned(),
+        size_bytes: known.and_then(|known| known.size_bytes),
         generation: known.map_or(0, |known| known.generation).max(generation),
         superseded: former.into_iter().filter(|former| !is_same(&former.identity, &identity)).collect(),
         active_identity: identity,

@@ -137,7 +137,8 @@ fn volume(config: &MountConfig, opened: OpenedVolume) -> Arc<Volume> {
         growable: config.growable,
         shown: state.shown.unwrap_or_default(),
     };
-    Arc::new(Volume::new(options, image))
+    let size_bytes = state.size_bytes.map_or(image.size_bytes(), |size| size.min(image.size_bytes()));
+    Arc::new(Volume::new(options, image).with_size(size_bytes))
 }
 
 fn run(link: &Arc<KeeperLink>, config: &MountConfig, ledger: Arc<Ledger>, volumes: Vec<Arc<Volume>>) -> Result<()> {
@@ -159,19 +160,22 @@ fn run(link: &Arc<KeeperLink>, config: &MountConfig, ledger: Arc<Ledger>, volume
         server.end_jobs();
     }
     server.flush_all();
-    if let Err(error) = server.save_shown() {
-        log::error!("{error}");
-    }
     if ended.is_ok() {
-        for result in [withdraw(&mount_id), config.pidfile.as_ref().map_or(Ok(()), remove_pidfile)] {
-            if let Err(error) = result {
-                log::warn!("{error}");
-            }
-        }
-        tell_the_way(config, &volumes);
+        clean_up(config, &volumes);
     }
     control.shutdown();
     ended
+}
+
+/// What a mount that has ended leaves: nothing but its record, and a word on where the disks are.
+pub(super) fn clean_up(config: &MountConfig, volumes: &[Arc<Volume>]) {
+    let mount_id = MountConfig::mount_id(&config.mountpoint);
+    for result in [withdraw(&mount_id), config.pidfile.as_ref().map_or(Ok(()), remove_pidfile)] {
+        if let Err(error) = result {
+            log::warn!("{error}");
+        }
+    }
+    tell_the_way(config, volumes);
 }
 
 /// Enough for the disks' queues without a crowd on few processors.

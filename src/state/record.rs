@@ -39,6 +39,9 @@ pub struct VolumeState {
     pub active: String,
     /// Which image that is.
     pub active_identity: Identity,
+    /// The disk's size in bytes where the active image is larger: a cutover never changes the size.
+    #[serde(default)]
+    pub size_bytes: Option<u64>,
     /// Raised at each cutover, and at each start, resume and clean stop of a mirror (rules 10 and 11).
     pub generation: u64,
     /// The images that it has left, oldest first.

@@ -27,6 +27,7 @@ fn state() -> MountState {
         format: Format::Raw,
         active: "/vm/disk.img".into(),
         active_identity: identity(1),
+        size_bytes: None,
         generation: 1,
         superseded: Vec::new(),
         shown: Some(ShownAttributes { mode: Some(0o640), uid: Some(107), gid: Some(36), ..Default::default() }),

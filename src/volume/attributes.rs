@@ -102,7 +102,17 @@ impl Volume {
         shown.gid = change.gid.or(shown.gid);
         shown.accessed = change.accessed.or(shown.accessed);
         shown.modified = change.modified.map(|time| (time, image_modified)).or(shown.modified);
+        drop(shown);
+        let kept = change.mode.is_some() || change.uid.is_some() || change.gid.is_some();
+        if let Some(listener) = self.shown_changed.get().filter(|_| kept) {
+            (listener.0)();
+        }
         Ok(())
+    }
+
+    /// Has `listener` called after each change of what is to be kept in the state. The first one stays.
+    pub fn on_shown_changed(&self, listener: impl Fn() + Send + Sync + 'static) {
+        let _ = self.shown_changed.set(super::ShownListener(Box::new(listener)));
     }
 
     /// What the guest changed, to be kept in the state.

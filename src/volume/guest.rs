@@ -97,7 +97,7 @@ impl Volume {
         // Writes clip to the size that they see: with the barrier up, none is between that look and its image write.
         let _raised = self.barrier.raise(None);
         let _resizing = self.resizing.lock();
-        self.refuse_resize_while_mirrored(ErrorKind::NotNow)?;
+        self.refuse_resize(ErrorKind::NotNow)?;
         self.active.load().0.resize(size_bytes)?;
         self.size_bytes.store(size_bytes, Relaxed);
         Ok(())
@@ -189,18 +189,23 @@ impl Volume {
         if size_bytes <= self.size_bytes() {
             return Ok(());
         }
-        self.refuse_resize_while_mirrored(ErrorKind::NoSpace)?;
+        self.refuse_resize(ErrorKind::NoSpace)?;
         self.active.load().0.resize(size_bytes)?;
         self.size_bytes.store(size_bytes, Relaxed);
         Ok(())
     }
 
-    /// Both images of a mirror have one size; a disk that is being mirrored keeps its own.
-    fn refuse_resize_while_mirrored(&self, kind: ErrorKind) -> Result<()> {
-        if self.tracking.load().is_none() && self.twin.load().is_none() {
+    /// Both images of a mirror have one size, so a disk that is mirrored keeps its own. And what an image has beyond its disk
+    /// is not the disk's: growing would show it.
+    fn refuse_resize(&self, kind: ErrorKind) -> Result<()> {
+        let why = if self.tracking.load().is_some() || self.twin.load().is_some() {
+            "the size cannot change while the disk is mirrored:"
+        } else if self.active.load().0.size_bytes() > self.size_bytes() {
+            "the size cannot change while the disk lies on a larger image:"
+        } else {
             return Ok(());
-        }
-        log::warn!("{}: a guest's change of the disk's size is refused while the disk is mirrored", self.name());
-        Err(Error::new(kind, "the size cannot change while the disk is mirrored:").on(self.name()))
+        };
+        log::warn!("{why} {}", self.name());
+        Err(Error::new(kind, why).on(self.name()))
     }
 }

@@ -28,7 +28,7 @@ use self::tracking::Tracking;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
 use crate::range::ByteRange;
-use crate::sync::{Arc, Mutex};
+use crate::sync::{Arc, Mutex, OnceLock};
 
 /// How a volume is presented.
 #[derive(Clone, Debug)]
@@ -58,8 +58,18 @@ pub struct Volume {
     /// Held while the size changes.
     resizing: Mutex<()>,
     shown: Mutex<ShownAttributes>,
+    shown_changed: OnceLock<ShownListener>,
     read_bytes: AtomicU64,
     written_bytes: AtomicU64,
+}
+
+/// Hears that a guest changed what the disk shows; called on the guest's thread, without locks held.
+struct ShownListener(Box<dyn Fn() + Send + Sync>);
+
+impl std::fmt::Debug for ShownListener {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("ShownListener")
+    }
 }
 
 /// A sized box for the trait object, which `ArcSwap` needs.
@@ -120,6 +130,7 @@ impl Volume {
         Volume {
             size_bytes: AtomicU64::new(image.size_bytes()),
             shown: Mutex::new(options.shown),
+            shown_changed: OnceLock::new(),
             options,
             active: ArcSwap::from_pointee(ActiveImage(image)),
             twin: ArcSwapOption::empty(),

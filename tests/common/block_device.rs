@@ -1,0 +1,92 @@
+//! Loop devices and file systems on them, as guards.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use super::command::{finish_within, run};
+use super::wait;
+
+/// A loop device over a file.
+pub struct LoopDevice {
+    /// `/dev/loopN`.
+    pub path: PathBuf,
+    attached: bool,
+}
+
+impl LoopDevice {
+    /// Attaches a free loop device to `file`.
+    #[track_caller]
+    pub fn over(file: &Path) -> Self {
+        let done = run("losetup", [Path::new("--find"), Path::new("--show"), file]).ok();
+        LoopDevice { path: PathBuf::from(done.stdout.trim()), attached: true }
+    }
+
+    /// Detaches it and waits until the kernel has let go of the file.
+    #[track_caller]
+    pub fn detach(mut self) {
+        self.attached = false;
+        run("losetup", [Path::new("-d"), &self.path]).ok();
+        let backing = self.backing();
+        wait::until("the loop device to let go of its file", || !backing.exists());
+    }
+
+    fn backing(&self) -> PathBuf {
+        Path::new("/sys/block").join(self.path.file_name().expect("a name")).join("loop/backing_file")
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        if self.attached {
+            let mut command = Command::new("losetup");
+            command.arg("-d").arg(&self.path);
+            let _ = finish_within(command, Duration::from_secs(20));
+            let backing = self.backing();
+            wait::within(Duration::from_secs(10), || !backing.exists());
+        }
+    }
+}
+
+/// A mounted file system (not one of ours).
+pub struct FileSystem {
+    /// Where.
+    pub path: PathBuf,
+    mounted: bool,
+}
+
+impl FileSystem {
+    /// Mounts with `mount ARGUMENTS DIRECTORY`, creating the directory.
+    #[track_caller]
+    pub fn mount(arguments: &[&str], directory: &Path) -> Self {
+        fs::create_dir_all(directory).expect("mkdir");
+        run("mount", arguments.iter().copied().chain([directory.to_str().expect("UTF-8")])).ok();
+        FileSystem { path: directory.to_owned(), mounted: true }
+    }
+
+    /// Makes an ext4 file system on `device` and mounts it.
+    #[track_caller]
+    pub fn new_ext4(device: &Path, directory: &Path) -> Self {
+        let device = device.to_str().expect("UTF-8");
+        run("mkfs.ext4", ["-q", "-F", device]).ok();
+        FileSystem::mount(&["-t", "ext4", device], directory)
+    }
+
+    /// Unmounts it.
+    #[track_caller]
+    pub fn unmount(mut self) {
+        self.mounted = false;
+        run("umount", [&self.path]).ok();
+    }
+}
+
+impl Drop for FileSystem {
+    fn drop(&mut self) {
+        if self.mounted {
+            let mut command = Command::new("umount");
+            command.arg("-l").arg(&self.path);
+            let _ = finish_within(command, Duration::from_secs(20));
+        }
+    }
+}

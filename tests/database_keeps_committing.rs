@@ -53,7 +53,8 @@ impl Database {
                         "BEGIN; INSERT INTO entries VALUES ({number}, randomblob(3000), hex(randomblob(16)));
                          UPDATE entries SET content = randomblob(2000) WHERE number = {number} / 2; COMMIT; SELECT {number};"
                     );
-                    let answer = writeln!(input, "{transaction}").ok().and_then(|()| output.next()).and_then(Result::ok);
+                    let answer =
+                        writeln!(input, "{transaction}").ok().and_then(|()| output.next()).and_then(Result::ok);
                     if answer.as_deref() != Some(&*number.to_string()) {
                         return;
                     }

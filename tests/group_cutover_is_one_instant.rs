@@ -77,7 +77,7 @@ impl Ordered {
 
     fn join(&mut self) -> bool {
         self.stop.store(true, Ordering::SeqCst);
-        self.threads.drain(..).fold(true, |fine, thread| thread.join().is_ok() && fine)
+        self.threads.drain(..).map(JoinHandle::join).filter(Result::is_err).count() == 0
     }
 }
 

@@ -2,12 +2,12 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
 use nix::errno::Errno;
-use nix::unistd::{Whence, lseek};
+
+use super::space::{seek_data, seek_hole};
 
 /// Bytes that a file takes up.
 pub fn allocated_bytes(path: &Path) -> u64 {
@@ -16,13 +16,11 @@ pub fn allocated_bytes(path: &Path) -> u64 {
 
 /// The next data of `file` at or after `from`, as (start, end); `None` if only holes follow.
 pub fn next_data(file: &File, from: u64) -> io::Result<Option<(u64, u64)>> {
-    let from = i64::try_from(from).map_err(io::Error::other)?;
-    let start = match lseek(file.as_fd(), from, Whence::SeekData) {
+    let start = match seek_data(file, from) {
         Err(Errno::ENXIO) => return Ok(None),
         other => other?,
     };
-    let end = lseek(file.as_fd(), start, Whence::SeekHole)?;
-    Ok(Some((start as u64, end as u64)))
+    Ok(Some((start, seek_hole(file, start)?)))
 }
 
 /// All data of a file, as (start, end), in order.

@@ -57,7 +57,7 @@ pub fn loops_of(dir: &Path) -> Vec<String> {
     let devices = fs::read_dir("/sys/block").into_iter().flatten().flatten();
     let backed = devices.filter_map(|device| {
         let backing = fs::read_to_string(device.path().join("loop/backing_file")).ok()?;
-        Path::new(backing.trim_end()).starts_with(dir).then(|| format!("/dev/{}", device.file_name().display()))
+        Path::new(backing.trim_end()).starts_with(dir).then(|| format!("/dev/{}", device.file_name().to_string_lossy()))
     });
     backed.collect()
 }

@@ -252,7 +252,9 @@ impl Load {
     #[track_caller]
     pub fn wait_for_more(&self, count: u64) {
         let goal = self.writes() + count;
-        wait::until("the writers to go on", || self.writes() >= goal || self.threads.iter().any(JoinHandle::is_finished));
+        wait::until("the writers to go on", || {
+            self.writes() >= goal || self.threads.iter().any(JoinHandle::is_finished)
+        });
         assert!(self.writes() >= goal, "a writer gave up; Load::stop says why");
     }
 
@@ -309,7 +311,8 @@ impl Writer<'_> {
     /// A block of one of this thread's stripes; every other time one of the first few, so that some granules are hot.
     fn pick(&mut self) -> u64 {
         let table = &self.shared.table;
-        let blocks = if self.habits.hot_blocks == 0 { table.blocks() } else { self.habits.hot_blocks.min(table.blocks()) };
+        let blocks =
+            if self.habits.hot_blocks == 0 { table.blocks() } else { self.habits.hot_blocks.min(table.blocks()) };
         let depth = self.habits.depth as u64;
         let own = (blocks.div_ceil(STRIPE).saturating_sub(self.number)).div_ceil(depth).max(1);
         let limit = if self.random.one_in(2) { own.min(4) } else { own };
@@ -335,7 +338,8 @@ impl Writer<'_> {
     fn read(&mut self, first: u64, count: u64) -> Result<(), String> {
         let table = &self.shared.table;
         let mut bytes = Aligned::zeroed(count as usize * BLOCK);
-        read_exact(&self.file, &mut bytes, first * BLOCK as u64).map_err(|error| format!("read at block {first}: {error}"))?;
+        read_exact(&self.file, &mut bytes, first * BLOCK as u64)
+            .map_err(|error| format!("read at block {first}: {error}"))?;
         for (block, bytes) in (first..).zip(bytes.chunks(BLOCK)) {
             let seq = table.acknowledged[block as usize].load(Ordering::SeqCst);
             table.inspect(block, bytes, (seq, seq)).map_err(|fault| format!("read back: {fault:?}"))?;

@@ -76,7 +76,8 @@ impl Qmp {
         match (answer.get("return"), answer.get("error")) {
             (Some(value), None) => Ok(value.clone()),
             (None, Some(error)) => {
-                let text = |name: &str| error[name].as_str().unwrap_or_else(|| panic!("no {name}: {answer}")).to_owned();
+                let text =
+                    |name: &str| error[name].as_str().unwrap_or_else(|| panic!("no {name}: {answer}")).to_owned();
                 Err((text("class"), text("desc")))
             }
             _ => panic!("neither return nor error: {answer}"),

@@ -36,7 +36,8 @@ impl Workload {
             let (stop, steps) = (Arc::clone(&stop), Arc::clone(&steps));
             std::thread::spawn(move || {
                 fs::create_dir(&directory)?;
-                let mut worker = Worker { directory, files: Manifest::new(), random: Random::new(seed, number), next: 0 };
+                let mut worker =
+                    Worker { directory, files: Manifest::new(), random: Random::new(seed, number), next: 0 };
                 while !stop.load(Ordering::SeqCst) {
                     worker.step()?;
                     steps.fetch_add(1, Ordering::SeqCst);

@@ -145,6 +145,9 @@ fn move_to_a_full_target_fails_with_the_reason() {
     small.unmount();
 }
 
+/// How the storage daemon is told to end.
+const QUIT: &str = "{'execute': 'qmp_capabilities'} {'execute': 'quit'}\n";
+
 /// A file whose reads or writes fail at one place: QEMU's blkdebug behind its FUSE export.
 fn with_bad_sector(place: &Place, backing: &Path, event: &str, sector: u64) -> Option<(Holder, PathBuf)> {
     if !run("qemu-storage-daemon", ["--version"]).stdout.contains("version") {
@@ -192,7 +195,7 @@ fn a_bad_sector_of_the_source_is_named() {
     drop(disk);
     mounted.verb::<&str>("cancel", []).ok();
     mounted.unmount();
-    bad.release();
+    bad.release_saying(QUIT);
 }
 
 #[test]
@@ -218,6 +221,6 @@ fn an_error_that_is_ignored_is_tried_again_without_a_flood_of_events() {
     mounted.verb("cancel", ["--keep"]).ok();
     drop(client);
     mounted.unmount();
-    bad.release();
+    bad.release_saying(QUIT);
     assert!(compare::first_difference(&source, &backing).is_some());
 }

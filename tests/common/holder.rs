@@ -2,11 +2,13 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 
 /// A child process that holds something until it is released.
 pub struct Holder {
     child: Child,
+    /// Kept open: a program that writes into a closed pipe would end.
+    output: Option<BufReader<ChildStdout>>,
 }
 
 impl Holder {
@@ -48,12 +50,14 @@ impl Holder {
 
     fn start(mut command: Command) -> Self {
         let child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
-        Holder { child: child.unwrap_or_else(|error| panic!("{command:?}: {error}")) }
+        let mut child = child.unwrap_or_else(|error| panic!("{command:?}: {error}"));
+        let output = child.stdout.take().map(BufReader::new);
+        Holder { child, output }
     }
 
     #[track_caller]
     fn wait_line(&mut self, wanted: impl Fn(&str) -> bool) {
-        let output = BufReader::new(self.child.stdout.take().expect("piped"));
+        let output = self.output.as_mut().expect("piped");
         assert!(output.lines().map_while(Result::ok).any(|line| wanted(&line)), "it ended without a word");
     }
 
@@ -63,8 +67,15 @@ impl Holder {
     }
 
     /// Lets it end by itself.
-    pub fn release(mut self) {
-        drop(self.child.stdin.take());
+    pub fn release(self) {
+        self.release_saying("");
+    }
+
+    /// Tells it to end.
+    pub fn release_saying(mut self, word: &str) {
+        let mut input = self.child.stdin.take().expect("piped");
+        input.write_all(word.as_bytes()).expect("a last word");
+        drop(input);
         self.child.wait().expect("wait");
     }
 }

@@ -47,14 +47,11 @@ umount "$work/mnt"
 mountpoint -q "$work/mnt" && exit 1
 
 echo "--- through /etc/fstab"
-# mount(8) finds the helper in /sbin; here it is installed below a directory of our own, and found over PATH.
-helper=$work/installed
-DESTDIR=$helper LIVEMIRROR=$livemirror bash "$root/packaging/install.sh" >/dev/null
-script=$(find "$helper" -name 'mount.fuse.livemirror' | head -n 1)
-PATH=$(dirname "$livemirror"):$PATH
+# mount(8) would find the helper in /sbin; here it is installed below a directory of our own, and called by its path.
+PREFIX=$work/installed SBINDIR=$work/installed/sbin sh "$root/packaging/install.sh" "$(command -v "$livemirror")"
 echo "$work/disk.img $work/mnt fuse.livemirror noauto,nofail,x-systemd.requires=network.target,cache=none 0 0" >"$work/fstab"
 read -r source mountpoint _ options _ <"$work/fstab"
-"$script" "$source" "$mountpoint" -o "$options"
+"$work/installed/sbin/mount.fuse.livemirror" "$source" "$mountpoint" -o "$options"
 fsck.ext4 -f -n "$work/mnt/disk.img" >/dev/null
 echo "mounted again: the file system is whole"
 "$livemirror" unmount "$work/mnt"

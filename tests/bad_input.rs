@@ -134,11 +134,11 @@ fn an_image_that_somebody_else_writes() {
     let place = Place::on_disk();
     let image = place.sparse("disk.img", SIZE);
     let holder = Holder::qemu(&image);
-    mount_refused(&place, &Mount::of(&place, [&image]), &[text(&image), "lock"]);
+    mount_refused(&place, &Mount::of(&place, [&image]), &[text(&image), "in use", "qemu-io"]);
     holder.release();
 
     let mounted = Mount::of(&place, [&image]).start();
-    Mount::of(&place, [&image]).named("second").attempt().refuses_naming(&[text(&image), "lock"]);
+    Mount::of(&place, [&image]).named("second").attempt().refuses_naming(&[text(&image), "in use"]);
     let refused = run("qemu-io", ["-f", "raw", "-c", "write 0 512", text(&image)]);
     assert_ne!(refused.code, Some(0), "QEMU may not write a mounted image: {refused}");
     run("qemu-img", ["info", "-U", text(&image)]).ok();
@@ -203,10 +203,6 @@ fn the_target_lies_in_a_mount_of_ours() {
     let theirs = second.disk("other.img");
     disk.refused("mirror", &[text(&theirs), "--existing"], &[text(&theirs)]);
     second.unmount();
-    let loops = Place::in_memory();
-    let onto = loops.sparse("x.img", SIZE);
-    Mount::of(&loops, [&inside]).attempt().refuses_naming(&[text(&inside)]);
-    drop(onto);
     disk.done();
 }
 
@@ -227,7 +223,7 @@ fn targets_that_cannot_be_written() {
     disk.refused("mirror", &["/dev/null"], &["/dev/null"]);
     let locked = disk.place.sparse("locked.img", SIZE);
     let holder = Holder::qemu(&locked);
-    disk.refused("mirror", &[text(&locked), "--existing"], &[text(&locked), "lock"]);
+    disk.refused("mirror", &[text(&locked), "--existing"], &[text(&locked), "in use"]);
     holder.release();
     disk.done();
 }
@@ -258,22 +254,19 @@ fn options_of_a_mirror_that_make_no_sense() {
         ("--granularity", "256"),
         ("--granularity", "128M"),
         ("--granularity", "lots"),
-        ("--speed", "-1"),
+        ("--speed", "fast"),
         ("--buffer", "x"),
         ("--copy-mode", "sideways"),
         ("--on-target-error", "weep"),
         ("--format", "vhdx"),
     ] {
-        let done = disk.refused("mirror", &[text(&target), option, value], &[]);
-        assert!(
-            done.code == Some(2) && done.stderr.contains(value.trim_start_matches('-')),
-            "{option} {value}: {done}"
-        );
+        let done = disk.refused("mirror", &[text(&target), option, value], &[option]);
+        assert_eq!(done.code, Some(2), "{done}");
     }
     disk.refused("cutover", &["--max-pause", "soon"], &["soon"]);
     let unknown = disk.mounted.disk("unknown.img");
     let done = disk.mounted.verb_on(&unknown, "mirror", [&target]);
-    done.refuses_naming(&[text(&unknown)]);
+    done.refuses_naming(&["unknown.img"]);
     assert!(!target.exists());
     disk.done();
 }

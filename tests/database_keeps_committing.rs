@@ -105,7 +105,7 @@ fn over_two_moves() {
     let device = LoopDevice::over(&mounted.disk("a.img"));
     let filesystem = FileSystem::new_ext4(&device.path, &place.at("live"));
     let database = Database::start(&filesystem.path.join("data.db"));
-    let commits = if long() { 1_000 } else { 60 };
+    let commits = if long() { 2_000 } else { 150 };
     for target in [&b, &c] {
         database.wait_for_more(commits);
         mounted.mirror(target, &[]);

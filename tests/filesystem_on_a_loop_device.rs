@@ -20,7 +20,7 @@ fn moves_twice(place: &Place, make: &[&str], check: &[&str], mount_options: &str
     let size = if long() { 2 << 30 } else { 320 << 20 };
     let [a, b, c] = [place.sparse("a.img", size), place.at("b.img"), place.at("c.img")];
     let mounted = Mount::of(place, [&a]).with(livemirror_options.iter().copied()).start();
-    let steps = if long() { 2_000 } else { 150 };
+    let steps = if long() { 4_000 } else { 500 };
 
     let device = LoopDevice::over(&mounted.disk("a.img"));
     let name = device.path.to_str().expect("UTF-8").to_owned();

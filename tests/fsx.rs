@@ -278,7 +278,7 @@ fn meanwhile(tester: &mut Tester, operations: u64, command: impl FnOnce() + Send
 
 fn across_two_moves(place: &Place, size: u64, options: &[&str], mirror_options: &[&str]) -> io::Result<()> {
     let seed = random::seed();
-    let operations = if long() { 20_000 } else { 600 };
+    let operations = if long() { 20_000 } else { 1_500 };
     let a = place.random("a.img", size, seed);
     let model = std::fs::read(&a)?;
     let mounted = Mount::of(place, [&a]).with(options.iter().copied()).start();

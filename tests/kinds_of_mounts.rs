@@ -163,8 +163,7 @@ fn from_one_block_device_to_another() {
     assert_eq!(disk.metadata().expect("stat").len(), SIZE);
     let load = Load::start(&disk, &table, Habits { depth: 8, ..Habits::default() }, seed);
     load.wait_for_more(200);
-    // No --existing: a block device is always there.
-    mounted.mirror(&target.path, &[]);
+    mounted.mirror(&target.path, &["--existing"]);
     mounted.wait_ready();
     mounted.cutover();
     load.wait_for_more(200);
@@ -185,7 +184,7 @@ fn from_a_file_to_a_larger_block_device_and_back() {
     let (a, b) = (place.random("a.img", SIZE, 1), place.random("b.img", SIZE + (1 << 20), 2));
     let device = LoopDevice::over(&b);
     let mounted = Mount::of(&place, [&a]).start();
-    mounted.mirror(&device.path, &[]);
+    mounted.mirror(&device.path, &["--existing"]);
     mounted.cutover();
     assert_eq!(mounted.first_disk().metadata().expect("stat").len(), SIZE, "a cutover never changes the size");
     write(&mounted.first_disk(), b"on the device", 1_000);

@@ -16,8 +16,18 @@ use super::wait;
 
 /// Mountpoints at or below `dir`, the innermost last.
 pub fn mounts_below(dir: &Path) -> Vec<PathBuf> {
+    mounts_of_type("", dir)
+}
+
+/// Mountpoints of livemirror at or below `dir`.
+pub fn our_mounts_below(dir: &Path) -> Vec<PathBuf> {
+    mounts_of_type(" - fuse.livemirror ", dir)
+}
+
+fn mounts_of_type(mark: &str, dir: &Path) -> Vec<PathBuf> {
     let table = fs::read_to_string("/proc/self/mountinfo").expect("mountinfo");
-    let points = table.lines().filter_map(|line| line.split(' ').nth(4)).map(|text| PathBuf::from(unescape(text)));
+    let lines = table.lines().filter(|line| line.contains(mark));
+    let points = lines.filter_map(|line| line.split(' ').nth(4)).map(|text| PathBuf::from(unescape(text)));
     points.filter(|point| point.starts_with(dir)).collect()
 }
 
@@ -31,19 +41,27 @@ pub fn processes_of(dir: &Path) -> BTreeSet<i32> {
     let mut found = BTreeSet::new();
     for entry in fs::read_dir("/proc").expect("/proc").flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
-        if pid as u32 != std::process::id() && belongs_to(&entry.path(), dir) {
+        if pid as u32 != std::process::id() && is_running(pid) && belongs_to(&entry.path(), dir) {
             found.insert(pid);
         }
     }
     found
 }
 
+/// Those of [`processes_of`] that are ours.
+pub fn ours_of(dir: &Path) -> BTreeSet<i32> {
+    let ours =
+        |pid: &i32| fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == "livemirror");
+    processes_of(dir).into_iter().filter(ours).collect()
+}
+
+/// True until the process has ended. A zombie has: it is its parent's business to collect it.
+pub fn is_running(pid: i32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"));
+    stat.is_ok_and(|stat| !stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('Z')))
+}
+
 fn belongs_to(process: &Path, dir: &Path) -> bool {
-    // A zombie has ended: it is its parent's business to collect it.
-    let Ok(stat) = fs::read_to_string(process.join("stat")) else { return false };
-    if stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('Z')) {
-        return false;
-    }
     let words = fs::read(process.join("cmdline")).unwrap_or_default();
     if String::from_utf8_lossy(&words).split('\0').any(|word| word.contains(&*dir.to_string_lossy())) {
         return true;
@@ -82,10 +100,9 @@ pub fn runtime_files(mountpoint: &Path) -> Vec<PathBuf> {
 /// that the kernel's own umount does not wait for.
 #[track_caller]
 pub fn assert_none(dir: &Path, mountpoint: &Path) {
-    assert_eq!(mounts_below(dir), Vec::<PathBuf>::new(), "still mounted");
-    wait::until("the processes of an unmounted disk to end", || processes_of(dir).is_empty());
+    assert_eq!(our_mounts_below(dir), Vec::<PathBuf>::new(), "still mounted");
+    wait::until("the processes of an unmounted disk to end", || ours_of(dir).is_empty());
     assert_eq!(runtime_files(mountpoint), Vec::<PathBuf>::new(), "runtime files left behind");
-    assert_eq!(loops_of(dir), Vec::<String>::new(), "loop devices left behind");
 }
 
 /// The broom: ends whatever is left of a test in `dir`, however it ended.

@@ -250,17 +250,18 @@ impl Mounted {
     /// Sees that nothing of the mount is left: no mount, no process, no socket, no runtime file.
     #[track_caller]
     pub fn assert_gone(&mut self) {
+        for pid in [self.server_pid, self.keeper_pid] {
+            wait::until("the processes of an unmounted disk to end", || !leftovers::is_running(pid));
+        }
         leftovers::assert_none(&self.dir, &self.mountpoint);
         assert!(!self.control.exists(), "the control socket is left behind");
         assert!(!self.pidfile.exists(), "the pidfile is left behind");
         self.mounted = false;
     }
 
-    /// The log of the server, if it keeps one in its state: for failure messages.
+    /// The log of the server: for failure messages.
     fn log(&self) -> String {
-        let files = fs::read_dir(&self.state_dir).into_iter().flatten().flatten().map(|entry| entry.path());
-        let logs = files.filter(|path| path.extension().is_some_and(|extension| extension == "log"));
-        logs.map(|path| fs::read_to_string(path).unwrap_or_default()).collect()
+        fs::read_to_string(self.state_dir.join("log")).unwrap_or_default()
     }
 }
 
@@ -285,6 +286,7 @@ impl Drop for Mounted {
         let unmounted = finish_within(command, Duration::from_secs(20)).is_ok_and(|done| done.code == Some(0));
         if !unmounted || !leftovers::mounts_below(&self.dir).is_empty() {
             leftovers::sweep(&self.dir);
+            leftovers::runtime_files(&self.mountpoint).iter().for_each(|file| drop(fs::remove_file(file)));
         }
     }
 }

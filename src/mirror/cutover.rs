@@ -144,6 +144,7 @@ impl Cutovers {
         let barriers = raise_all(&participants, deadline)?;
         drain(&participants, deadline)?;
         flush_under_barrier(&participants, deadline)?;
+        refuse_if_dirty(&participants)?;
         let failure = match record.map(PreparedRecord::commit) {
             Some(Err(CommitFailure::NotDone(error))) => return Err(error),
             Some(Err(CommitFailure::Undecided(error))) => Some(error),
@@ -375,6 +376,14 @@ fn flush_all(participants: &[Participant], deadline: Instant, late: &str) -> Res
         }
     }
     Ok(())
+}
+
+/// A guest's flush of the target may have failed beside ours, which then proves nothing: what it covered is dirty again.
+fn refuse_if_dirty(participants: &[Participant]) -> Result<()> {
+    match participants.iter().find(|one| !one.live.map.is_in_sync()) {
+        Some(one) => Err(Error::not_now(format!("a flush of the target of {} has failed", one.job.volume.name()))),
+        None => Ok(()),
+    }
 }
 
 fn announce(participants: &[Participant], ending: Ending, pause_ms: f64) {

@@ -1,6 +1,6 @@
 //! The cutover loses nothing, is one instant for a group, and is never half done.
 
-use super::super::types::{CopyMode, MirrorOptions, MirrorResult};
+use super::super::types::{CopyMode, ErrorPolicy, MirrorOptions, MirrorResult};
 use super::*;
 use crate::image::faulty::{Effect, Fault, FaultyImage, Operation};
 
@@ -84,6 +84,26 @@ fn a_write_that_races_with_the_copy_of_its_granule_is_copied_again() {
 }
 
 #[test]
+fn what_was_learnt_before_a_claim_grew_is_not_used_after() {
+    // The copier has a small claim and knows of a hole far beyond it; before it takes the rest, the guest writes there.
+    let world = World::new();
+    let gate = crate::image::faulty::Gate::new();
+    let source = FaultyImage::new(disk(4));
+    // The scan asks once: all is one hole.
+    source.add(Fault::new(Operation::Extent, Effect::After(gate.clone())).after(1).times(1));
+    let volume = volume("disk", source);
+    let target = MemoryImage::new("target", 4 << 20);
+    let options =
+        MirrorOptions { buffer_bytes: 1 << 20, copy_mode: CopyMode::Background, ..MirrorOptions::new("j", "target") };
+    let job = world.mirror_onto(&volume, target.clone(), false, options);
+    gate.wait_for_arrivals(1);
+    volume.write(3 << 20, &block_bytes(1, 1), false).unwrap();
+    gate.open();
+    wait_for("ready", || job.status() == JobStatus::Ready);
+    assert!(read_all(&*target)[3 << 20..][..BLOCK] == block_bytes(1, 1));
+}
+
+#[test]
 fn a_failed_guest_write_is_marked_too() {
     let world = World::new();
     let source = FaultyImage::new(disk(1));
@@ -150,6 +170,24 @@ fn an_abandoned_cutover_leaves_everything_as_it_was() {
     assert!(read_all(&*target)[..BLOCK] == block_bytes(0, 9));
 }
 
+#[test]
+fn a_record_that_cannot_be_put_in_place_leaves_the_old_image() {
+    let world = World::new();
+    let volume = volume("disk", disk(4));
+    let target = MemoryImage::new("target", 4 << 20);
+    let job = world.mirror(&volume, target.clone(), MirrorOptions::new("j", "target"));
+    wait_for("ready", || job.status() == JobStatus::Ready);
+    world.committer.outdated.store(true, SeqCst);
+    let second = Duration::from_secs(1);
+    let error = world.cutovers.attempt(&[job.clone()], Ending::Switch, second, second).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotNow, "{error}");
+    assert_eq!(volume.active().name(), "source");
+    assert!(world.committer.superseded.lock().is_empty());
+    volume.write(0, &block_bytes(0, 9), false).unwrap();
+    world.cut_over(&[job]);
+    assert!(read_all(&*target)[..BLOCK] == block_bytes(0, 9));
+}
+
 fn undecided(fail_target: bool) -> (World, Arc<Volume>, Arc<MemoryImage>, Arc<FaultyImage>) {
     let world = World::new();
     let source = disk(4);
@@ -190,4 +228,41 @@ fn an_undecided_cutover_whose_target_fails_is_taken_back() {
     assert!(read_all(&*source)[..BLOCK] == block_bytes(0, 5));
     assert!(world.committer.taken_back.load(SeqCst));
     assert!(world.committer.superseded.lock().is_empty());
+}
+
+#[test]
+fn a_flush_that_fails_beside_the_cutovers_own_is_not_healed_by_it() {
+    let world = World::new();
+    let volume = volume("disk", disk(4));
+    let target = FaultyImage::new(MemoryImage::new("target", 4 << 20));
+    let options = MirrorOptions {
+        copy_mode: CopyMode::WriteBlocking,
+        on_target_error: ErrorPolicy::Ignore,
+        ..MirrorOptions::new("j", "target")
+    };
+    let job = world.mirror(&volume, target.clone(), options);
+    wait_for("ready", || job.status() == JobStatus::Ready);
+    // A guest's fsync gets to the target just before guests are held, and fails while they are.
+    let copies = crate::image::faulty::Gate::new();
+    let (guest, image, held) = (volume.clone(), target.clone(), copies.clone());
+    *world.committer.when_prepared.lock() = Some(Box::new(move || {
+        guest.write(0, &block_bytes(0, 1), false).unwrap();
+        let gate = crate::image::faulty::Gate::new();
+        image.add(Fault::new(Operation::Write, Effect::Before(held)));
+        image.add(Fault::new(Operation::Flush, Effect::Before(gate.clone())).times(1));
+        image.add(Fault::new(Operation::Flush, Effect::Fail(libc::EIO)).times(1));
+        std::thread::spawn(move || guest.flush().unwrap());
+        gate.wait_for_arrivals(1);
+        std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(100));
+            gate.open();
+        });
+    }));
+    let second = Duration::from_secs(1);
+    let error = world.cutovers.attempt(&[job.clone()], Ending::Switch, second, second).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotNow, "{error}");
+    assert!(world.committer.committed.lock().is_empty());
+    copies.open();
+    world.cut_over(&[job]);
+    assert!(read_all(&*target)[..BLOCK] == block_bytes(0, 1));
 }

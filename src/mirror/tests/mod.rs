@@ -29,12 +29,19 @@ pub(super) struct TestCommitter {
     /// The next commits are undecided; so many attempts to settle fail.
     pub(super) undecided: AtomicU64,
     pub(super) taken_back: AtomicBool,
+    /// The next commit finds that another record was written meanwhile.
+    pub(super) outdated: AtomicBool,
+    /// Done once, when a record has been written aside and guests are about to be held.
+    pub(super) when_prepared: Mutex<Option<Box<dyn FnOnce() + Send>>>,
 }
 
 struct TestRecord(Arc<TestCommitter>, Vec<String>);
 
 impl PreparedRecord for TestRecord {
     fn commit(self: Box<Self>) -> Result<(), CommitFailure> {
+        if self.0.outdated.swap(false, SeqCst) {
+            return Err(CommitFailure::NotDone(Error::not_now("another record came first")));
+        }
         if self.0.undecided.load(SeqCst) > 0 {
             return Err(CommitFailure::Undecided(Error::new(ErrorKind::Failed, "cannot rename")));
         }
@@ -48,6 +55,9 @@ pub(super) struct SharedCommitter(pub(super) Arc<TestCommitter>);
 impl Committer for SharedCommitter {
     fn prepare(&self, switches: &[Switch]) -> Result<Box<dyn PreparedRecord>> {
         let names = switches.iter().map(|switch| switch.new.name().to_owned()).collect();
+        if let Some(action) = self.0.when_prepared.lock().take() {
+            action();
+        }
         Ok(Box::new(TestRecord(self.0.clone(), names)))
     }
     fn supersede(&self, switches: &[Switch]) {

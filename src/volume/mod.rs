@@ -17,6 +17,8 @@ pub mod barrier;
 mod guest;
 pub mod target;
 pub mod target_queue;
+#[cfg(test)]
+mod tests;
 pub mod tracking;
 
 use arc_swap::{ArcSwap, ArcSwapOption};

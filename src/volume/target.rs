@@ -121,7 +121,7 @@ fn drain(set: &Arc<DirtyMap>, mut each: impl FnMut(ByteRange)) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::image::faulty::{Effect, Fault, FaultyImage, Operation};
+    use crate::image::faulty::{Effect, Fault, FaultyImage, Gate, Operation};
     use crate::image::memory::MemoryImage;
 
     #[test]
@@ -140,5 +140,23 @@ mod tests {
         // The next flush succeeds and proves nothing about the earlier write: it must still be dirty.
         target.flush(&map).unwrap();
         assert!(map.any_dirty(ByteRange::new(3 << 20, 4096)));
+    }
+
+    #[test]
+    fn a_flush_proves_nothing_about_a_write_that_was_under_way() {
+        let faulty = FaultyImage::new(MemoryImage::new("target", 8 << 20));
+        let target = Target::new(faulty.clone(), 8 << 20);
+        let map = DirtyMap::new(8 << 20, Granularity::DEFAULT);
+        let gate = Gate::new();
+        faulty.add(Fault::new(Operation::Write, Effect::Before(gate.clone())).times(1));
+        std::thread::scope(|scope| {
+            scope.spawn(|| target.apply(Change::Write { offset: 0, data: &[1; 4096] }).unwrap());
+            gate.wait_for_arrivals(1);
+            target.flush(&map).unwrap();
+            gate.open();
+        });
+        faulty.add(Fault::new(Operation::Flush, Effect::Fail(libc::EIO)).times(1));
+        target.flush(&map).unwrap_err();
+        assert!(map.any_dirty(ByteRange::new(0, 4096)));
     }
 }

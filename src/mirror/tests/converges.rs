@@ -2,6 +2,7 @@
 
 use super::super::types::{CopyMode, MirrorOptions};
 use super::*;
+use crate::image::memory::MemoryOptions;
 use crate::range::ByteRange;
 
 #[test]
@@ -58,6 +59,20 @@ fn a_guests_discards_reach_the_target_before_and_after_ready() {
         assert!(read_all(&*source) == read_all(&*target));
         assert!(target.allocated_bytes().unwrap() <= source.allocated_bytes().unwrap());
     }
+}
+
+#[test]
+fn a_target_that_cannot_discard_is_zeroed() {
+    let world = World::new();
+    let source = disk(2);
+    source.write_at(0, &block_bytes(1, 1)).unwrap();
+    let options = MemoryOptions { can_discard: false, ..MemoryOptions::default() };
+    let target = MemoryImage::with_options("target", 2 << 20, options);
+    target.write_at(0, &vec![0xAA; 2 << 20]).unwrap();
+    let volume = volume("disk", source.clone());
+    let job = world.mirror_onto(&volume, target.clone(), false, MirrorOptions::new("j", "target"));
+    wait_for("ready", || job.status() == JobStatus::Ready);
+    assert!(read_all(&*source) == read_all(&*target));
 }
 
 #[test]

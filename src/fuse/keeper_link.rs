@@ -70,6 +70,14 @@ impl KeeperLink {
         Ok(KeeperLink { link, asking: Mutex::new(()), mountpoint: Mutex::default(), gone: AtomicBool::new(false) })
     }
 
+    /// A link to nobody: the other end is only kept open.
+    #[cfg(test)]
+    pub(crate) fn for_tests() -> Result<(Self, OwnedFd)> {
+        let (link, other) = Link::pair()?;
+        let mountpoint = Mutex::default();
+        Ok((KeeperLink { link, asking: Mutex::new(()), mountpoint, gone: AtomicBool::new(false) }, other))
+    }
+
     fn receive(&self) -> Result<(ToServer, Option<OwnedFd>)> {
         self.link.receive()?.ok_or_else(|| {
             self.gone.store(true, Ordering::Relaxed);

@@ -14,5 +14,7 @@ mod opening;
 mod plan;
 mod run;
 mod target;
+#[cfg(test)]
+mod tests;
 
 pub use run::main;

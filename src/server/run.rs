@@ -62,7 +62,7 @@ fn serve(link: &Arc<KeeperLink>) -> Result<()> {
 }
 
 /// Opens everything and writes the record. True: there was no record before, and nothing is mounted yet.
-fn prepare(link: &Arc<KeeperLink>, start: Start) -> Result<(Arc<Ledger>, Vec<OpenedVolume>, bool)> {
+pub(super) fn prepare(link: &Arc<KeeperLink>, start: Start) -> Result<(Arc<Ledger>, Vec<OpenedVolume>, bool)> {
     let Start { config, parked, restarts, last_exit, first, .. } = start;
     let marks = Marks::new()?;
     let owner = nix::unistd::geteuid().as_raw();

@@ -158,4 +158,18 @@ mod tests {
         outbox.hold();
         assert!((0..3 * BYTES_MAX / 1000).any(|_| !outbox.event(vec![b'x'; 1000])));
     }
+
+    #[test]
+    fn a_reply_waits_for_room() {
+        let outbox = Outbox::default();
+        outbox.reply(vec![b'x'; REPLY_BYTES_MAX + 1]);
+        std::thread::scope(|scope| {
+            let second = scope.spawn(|| outbox.reply(b"second".to_vec()));
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            let waits = !second.is_finished();
+            outbox.next();
+            assert!(waits, "what one client may pile up is bounded");
+        });
+        assert_eq!(sent(&outbox), ["second"]);
+    }
 }

@@ -96,3 +96,19 @@ fn a_failed_creation_leaves_nothing_behind() {
     let path = directory.path().join("missing/new.img");
     assert_eq!(create(&path, 1, None, &options(CacheMode::Writeback)).unwrap_err().kind(), ErrorKind::NotFound);
 }
+
+#[test]
+fn errors_name_the_image_and_the_offset() {
+    for directory in directories() {
+        for cache in MODES {
+            let path = directory.path().join("disk.img");
+            file_of(&path, 1 << 20);
+            let Some(image) = try_open(&path, cache) else { continue };
+            // Somebody cuts the file behind our back.
+            file_of(&path, 0);
+            let error = image.read_at(8192, &mut [0; 4096]).unwrap_err();
+            assert_eq!(error.range(), Some(ByteRange::new(8192, 4096)), "{error}");
+            assert!(error.to_string().contains("disk.img at offset 8192 (4096 bytes)"), "{error}");
+        }
+    }
+}

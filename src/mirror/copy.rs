@@ -40,6 +40,7 @@ pub(super) fn run(job: &Job, live: &Live) {
         if !job.pacer.acquire(piece, || job.must_yield()) {
             continue;
         }
+        let resumes = job.counters.resumes.load(SeqCst);
         let cursor = job.counters.cursor.load(Relaxed);
         let Some(mut claim) = live.map.claim(Granule(cursor), (piece / granularity) as u32) else {
             job.pacer.refund(piece);
@@ -71,7 +72,7 @@ pub(super) fn run(job: &Job, live: &Live) {
             }
             Err((operation, error)) => {
                 drop(claim);
-                job.copy_failed(operation, error);
+                job.copy_failed_since(resumes, operation, error);
             }
         }
     }

@@ -32,6 +32,12 @@ impl ErrorPolicy {
 impl Job {
     /// A copy, or a flush of the target, failed. Its range is dirty again already.
     pub(super) fn copy_failed(&self, operation: Operation, error: Error) {
+        self.copy_failed_since(self.counters.resumes.load(SeqCst), operation, error);
+    }
+
+    /// As [`Job::copy_failed`], for a copy that began when the job had been resumed `resumes` times. What was under way while
+    /// the job was paused and resumed is tried again without a word: whoever resumed it has mended the cause.
+    pub(super) fn copy_failed_since(&self, resumes: u64, operation: Operation, error: Error) {
         if self.stopping.load(SeqCst) {
             return;
         }
@@ -45,7 +51,8 @@ impl Job {
         let mut tell = true;
         {
             let mut state = self.state.lock();
-            if state.verdict.is_some() || (state.error_paused && action == ErrorAction::Stop) {
+            let outdated = self.counters.resumes.load(SeqCst) != resumes;
+            if state.verdict.is_some() || outdated || (state.error_paused && action == ErrorAction::Stop) {
                 // Several copiers met the same thing at the same time.
                 return;
             }

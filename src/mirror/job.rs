@@ -77,6 +77,8 @@ pub(super) struct Counters {
     pub(super) cursor: AtomicU64,
     /// How often the cursor came round since the scan was done.
     pub(super) passes: AtomicU64,
+    /// How often a pause was ended.
+    pub(super) resumes: AtomicU64,
     /// Claims of one granule are taken until this counts down to 0: a bad spot is being isolated.
     pub(super) careful: AtomicU64,
 }
@@ -241,6 +243,7 @@ impl Job {
             state.io_status = IoStatus::Ok;
             state.retry_at = None;
             state.failures = 0;
+            self.counters.resumes.fetch_add(1, SeqCst);
         }
         self.show_pause();
         Ok(())

@@ -53,6 +53,27 @@ fn a_full_target_pauses_the_job_until_it_is_resumed() {
 }
 
 #[test]
+fn a_failure_from_before_a_resume_does_not_pause_again() {
+    // One copier waits at the gate with its error in hand, the others have met theirs.
+    let gate = Gate::new();
+    let world = World::new();
+    let source = disk(4);
+    source.write_at(0, &vec![5; 4 << 20]).unwrap();
+    let volume = volume("disk", source);
+    let target = FaultyImage::new(MemoryImage::new("target", 4 << 20));
+    target.add(Fault::new(Operation::Write, Effect::Before(gate.clone())).times(1));
+    target.add(Fault::new(Operation::Write, Effect::Fail(libc::ENOSPC)));
+    let job = world.mirror(&volume, target.clone(), MirrorOptions::new("j", "target"));
+    wait_for("paused", || job.status() == JobStatus::Paused);
+    gate.wait_for_arrivals(1);
+    target.clear();
+    job.resume().unwrap();
+    gate.open();
+    wait_for("ready", || job.status() == JobStatus::Ready);
+    assert!(read_all(&*target) == read_all(&*volume.active()));
+}
+
+#[test]
 fn stop_pauses_on_any_error_of_either_side() {
     for (side, operation) in [("source", Operation::Read), ("target", Operation::Flush)] {
         let fault = Fault::new(operation, Effect::Fail(libc::EIO)).times(1);

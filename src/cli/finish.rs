@@ -57,13 +57,17 @@ impl CancelArguments {
     /// Runs the verb.
     ///
     /// # Errors
-    /// There is no mirror.
+    /// There is no mirror; it ended otherwise before it could be cancelled.
     pub fn run(self) -> Result<()> {
         let mut mount = Mount::open(&self.disk)?;
         let disk = mount.disk()?;
         disk.job_id()?;
         mount.client.execute("livemirror-cancel", json!({ "device": disk.device, "keep": self.keep }))?;
-        follow::until_gone(&mut mount, &disk)?;
+        let last = follow::until_gone(&mut mount, &disk)?;
+        // A cutover, or an error, may have been faster.
+        let Some(LastMirror { result: MirrorResult::Cancelled, .. }) = last else {
+            return Err(follow::ended_early(&disk, last.as_ref()));
+        };
         output::line(format_args!(
             "the mirror of {} is cancelled; the disk is still on {}",
             disk.status.disk, disk.status.active

@@ -92,7 +92,12 @@ pub fn ended_early(disk: &Disk, last: Option<&LastMirror>) -> Error {
         Some(MirrorResult::Cancelled) => {
             Error::new(ErrorKind::Failed, "the mirror was cancelled meanwhile:").on(disk.status.disk.clone())
         }
-        Some(MirrorResult::Completed | MirrorResult::Finished) => {
+        Some(MirrorResult::Completed) => {
+            let target = last.map_or("its target", |last| &last.target);
+            Error::new(ErrorKind::Failed, format!("another command cut the disk over to {target} meanwhile:"))
+                .on(disk.status.disk.clone())
+        }
+        Some(MirrorResult::Finished) => {
             Error::new(ErrorKind::Failed, "the mirror was ended by another command meanwhile:")
                 .on(disk.status.disk.clone())
                 .advise(format!("`livemirror status {}` shows how", disk.status.disk))

@@ -13,6 +13,7 @@ use super::place::{Disk, Mount};
 use super::progress::Progress;
 use super::units;
 use crate::error::{Error, Result};
+use crate::mirror::types::{LastMirror, MirrorResult};
 
 /// Moves a disk in one go: mirrors it to TARGET, waits until that is ready and cuts over.
 ///
@@ -64,7 +65,10 @@ impl Arguments {
 
 fn give_up(mount: &mut Mount, disk: &Disk) -> Result<()> {
     mount.client.execute("livemirror-cancel", json!({ "device": disk.device }))?;
-    follow::until_gone(mount, disk)?;
+    let last = follow::until_gone(mount, disk)?;
+    let Some(LastMirror { result: MirrorResult::Cancelled, .. }) = last else {
+        return Err(follow::ended_early(disk, last.as_ref()));
+    };
     Err(Error::not_now("interrupted: the mirror was cancelled, and the guest is still on")
         .on(disk.status.active.clone()))
 }

@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 
 use super::users::{number_in, sysfs};
 use super::{DescriptorRole, Image};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::sys::files;
 
 /// A file or device, by number.
@@ -140,6 +140,20 @@ pub fn refuse_same(source: &dyn Image, path: &Path) -> Result<()> {
     Err(Error::usage(what).on(path.display().to_string()).advise("name another file or device"))
 }
 
+/// Checks that the path of a file or device still leads to what was opened. An image that was removed meanwhile lives only as
+/// long as somebody has it open: no disk may be moved to it.
+///
+/// # Errors
+/// It was removed, renamed or replaced, or a mount hides it.
+pub fn check_in_place(image: &dyn Image) -> Result<()> {
+    let (Some(path), Some(opened)) = (image.path(), layer_of_image(image)?) else { return Ok(()) };
+    if super::own_mount::find(&path).is_none() && look(&path, image.name())? == Some(opened) {
+        return Ok(());
+    }
+    let error = Error::new(ErrorKind::Failed, "the target was removed, renamed or hidden meanwhile:").on(image.name());
+    Err(error.advise("put it back where it was, or give the mirror up with 'livemirror cancel'"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::tests::LoopDevice;
@@ -168,9 +182,15 @@ mod tests {
             assert!(!same_image(&*image, &at(name)).unwrap(), "{name}");
             refuse_same(&*image, &at(name)).unwrap();
         }
+        check_in_place(&*image).unwrap();
         // What is at the path by now does not matter, what was opened does.
         std::fs::rename(at("disk.img"), at("moved.img")).unwrap();
         assert!(same_image(&*image, &at("moved.img")).unwrap() && !same_image(&*image, &at("disk.img")).unwrap());
+        assert!(check_in_place(&*image).unwrap_err().to_string().contains("disk.img"));
+        std::fs::copy(at("moved.img"), at("disk.img")).unwrap();
+        check_in_place(&*image).unwrap_err();
+        std::fs::rename(at("moved.img"), at("disk.img")).unwrap();
+        check_in_place(&*image).unwrap();
     }
 
     #[test]

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use super::job::{Job, Live, Verdict};
 use super::types::{JobStatus, Operation};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::Image;
+use crate::image::{Image, check_in_place};
 use crate::sync::{Arc, Mutex, MutexGuard, wait_until};
 use crate::volume::Volume;
 use crate::volume::barrier::Raised;
@@ -129,6 +129,7 @@ impl Cutovers {
         let give_up_at = Instant::now() + patience;
         let mut rest_until = self.running.lock();
         let participants = gather(jobs)?;
+        participants.iter().try_for_each(|one| check_in_place(&**one.live.target.image()))?;
         wait_until_near(&participants, max_pause, Duration::ZERO, *rest_until, give_up_at)?;
         let flush_took = flush_beforehand(&participants)?;
         let switches: Vec<Switch> = participants.iter().map(Participant::switch).collect();

@@ -179,6 +179,7 @@ fn fio(disk: &Path, engine: &str, options: &[&str]) {
         format!("--ioengine={engine}"),
         "--verify=crc32c".to_owned(),
         "--verify_fatal=1".to_owned(),
+        "--verify_state_save=0".to_owned(),
         format!("--size={}", if long() { 256 * MIB } else { 24 * MIB }),
         "--end_fsync=1".to_owned(),
     ];

@@ -38,21 +38,25 @@ fn unescape(text: &str) -> String {
 
 /// Processes, other than this one, that hold a file in `dir` or were started with a path in it.
 pub fn processes_of(dir: &Path) -> BTreeSet<i32> {
+    processes(|process| belongs_to(process, dir))
+}
+
+fn processes(wanted: impl Fn(&Path) -> bool) -> BTreeSet<i32> {
     let mut found = BTreeSet::new();
     for entry in fs::read_dir("/proc").expect("/proc").flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
-        if pid as u32 != std::process::id() && is_running(pid) && belongs_to(&entry.path(), dir) {
+        if pid as u32 != std::process::id() && is_running(pid) && wanted(&entry.path()) {
             found.insert(pid);
         }
     }
     found
 }
 
-/// Those of [`processes_of`] that are ours.
+/// Those of [`processes_of`] that are ours. Nobody else's descriptors are looked at: a look at one keeps its mount busy for
+/// that moment, which another test may be about to unmount.
 pub fn ours_of(dir: &Path) -> BTreeSet<i32> {
-    let ours =
-        |pid: &i32| fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == "livemirror");
-    processes_of(dir).into_iter().filter(ours).collect()
+    let binary = fs::canonicalize(super::command::binary()).expect("the program");
+    processes(|process| fs::read_link(process.join("exe")).is_ok_and(|exe| exe == binary) && belongs_to(process, dir))
 }
 
 /// True until the process has ended. A zombie has: it is its parent's business to collect it.
@@ -107,6 +111,9 @@ pub fn assert_none(dir: &Path, mountpoint: &Path) {
 
 /// The broom: ends whatever is left of a test in `dir`, however it ended.
 pub fn sweep(dir: &Path) {
+    if mounts_below(dir).is_empty() && loops_of(dir).is_empty() && ours_of(dir).is_empty() {
+        return;
+    }
     for _ in 0..8 {
         let mounts = mounts_below(dir);
         for device in loops_of(dir) {

@@ -11,7 +11,7 @@ use crate::mirror::types::{CopyMode, JobInfo, JobStatus};
 /// How often a line is printed where there is no terminal, at most.
 const LINE_EVERY: Duration = Duration::from_secs(1);
 
-/// Shows the progress of one disk's mirror on standard error.
+/// Shows the progress of one disk's mirror: a bar on standard error if that is a terminal, else lines on standard output.
 pub struct Progress {
     bar: ProgressBar,
     plain: bool,
@@ -43,7 +43,7 @@ impl Progress {
         let state_changed = self.last_line.split(',').next() != line.split(',').next();
         let due = self.last_time.is_none_or(|last| last.elapsed() >= LINE_EVERY);
         if line != self.last_line && (due || state_changed) {
-            eprintln!("{line}");
+            plain(&line);
             self.last_line = line;
             self.last_time = Some(Instant::now());
         }
@@ -52,7 +52,7 @@ impl Progress {
     /// Says something without tearing the bar.
     pub fn say(&self, line: &str) {
         if self.plain {
-            eprintln!("{line}");
+            plain(line);
         } else {
             self.bar.suspend(|| eprintln!("{line}"));
         }
@@ -68,6 +68,12 @@ impl Drop for Progress {
     fn drop(&mut self) {
         self.end();
     }
+}
+
+/// Progress is what the command has to say; standard error is kept for what went wrong.
+fn plain(line: &str) {
+    use std::io::Write;
+    let _ = writeln!(std::io::stdout(), "{line}");
 }
 
 fn console_is_terminal() -> bool {

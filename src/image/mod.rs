@@ -29,7 +29,7 @@ mod zeroing;
 
 pub use self::open::{OpenOptions, Role, create, open, sync_parent_directory};
 pub use self::probe::{format_of_content, format_of_name};
-pub use self::same::{check_in_place, refuse_same, same_image};
+pub use self::same::{check_in_place, refuse_on_own_disk, refuse_same, same_image};
 
 use std::fmt;
 use std::os::fd::BorrowedFd;

@@ -35,16 +35,32 @@ pub fn refuse_inside(path: &Path) -> Result<()> {
     }
 }
 
-/// Our mountpoints in `mountinfo` (proc(5): fields by spaces, the fifth is the mountpoint; after a lone dash the type).
+/// Our mountpoints in `mountinfo`.
 fn mountpoints(mountinfo: &[u8]) -> BTreeSet<PathBuf> {
-    let lines = mountinfo.split(|&byte| byte == b'\n');
-    let ours = lines.filter_map(|line| {
+    ours(mountinfo).map(|(_, place)| unescape(place)).collect()
+}
+
+/// The device numbers of our mounts: a file of one of them is known by it, even as what lies beneath a loop device.
+pub(super) fn devices() -> BTreeSet<u64> {
+    let mountinfo = std::fs::read("/proc/self/mountinfo").unwrap_or_default();
+    ours(&mountinfo).filter_map(|(number, _)| device_number(number)).collect()
+}
+
+/// Device number and place of our mounts (proc(5): fields by spaces, the third is the device, the fifth the mountpoint; after a
+/// lone dash the type).
+fn ours(mountinfo: &[u8]) -> impl Iterator<Item = (&[u8], &[u8])> {
+    mountinfo.split(|&byte| byte == b'\n').filter_map(|line| {
         let mut fields = line.split(|&byte| byte == b' ');
-        let place = fields.nth(4)?;
+        let (number, place) = (fields.nth(2)?, fields.nth(1)?);
         fields.find(|field| field == b"-")?;
-        (fields.next()? == FSTYPE.as_bytes()).then(|| unescape(place))
-    });
-    ours.collect()
+        (fields.next()? == FSTYPE.as_bytes()).then_some((number, place))
+    })
+}
+
+/// `major:minor`, as one number.
+fn device_number(text: &[u8]) -> Option<u64> {
+    let (major, minor) = std::str::from_utf8(text).ok()?.split_once(':')?;
+    Some(nix::sys::stat::makedev(major.parse().ok()?, minor.parse().ok()?))
 }
 
 /// Space, tab, newline and backslash are written as a backslash and three octal digits.

@@ -127,6 +127,23 @@ pub fn same_image(image: &dyn Image, path: &Path) -> Result<bool> {
     Ok(are_same(one, other))
 }
 
+/// Refuses a `path` on a disk of ours: in a file system, say, on a loop device on a mounted disk. What is written there waits
+/// for guests' writes, which would then wait for it.
+///
+/// # Errors
+/// Wrong usage, naming the path.
+pub fn refuse_on_own_disk(path: &Path) -> Result<()> {
+    let own = super::own_mount::devices();
+    let found = path.ancestors().find_map(|place| look(place, "").ok().flatten());
+    let rests_on_own = |layer: &Layer| matches!(layer, Layer::File { device, .. } if own.contains(device));
+    if !found.is_some_and(|found| chain(found).iter().any(rests_on_own)) {
+        return Ok(());
+    }
+    Err(Error::usage("this lies on a disk that livemirror serves:")
+        .on(path.display().to_string())
+        .advise("name a place outside of it"))
+}
+
 /// Refuses a mirror's target at `path` that is `source` itself, or lies in a mount of ours.
 ///
 /// # Errors

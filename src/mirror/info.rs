@@ -21,7 +21,8 @@ impl Job {
         let dirty_bytes = live.map.dirty_bytes();
         let in_flight_bytes = live.map.in_flight_bytes();
         let copied_bytes = self.copied();
-        let in_sync = live.map.is_in_sync();
+        // One picture: what was counted above contradicts a later look.
+        let in_sync = dirty_bytes == 0 && in_flight_bytes == 0 && live.map.is_in_sync();
         let (dirtied, synchronous) = live.tracking.traffic();
         // What is dirty may be holes to clear; of data no more than was found and written since can be left.
         let found = self.counters.scanned_data.load(Relaxed).saturating_add(dirtied).saturating_sub(copied_bytes);

@@ -207,7 +207,7 @@ impl Backend for Server {
             let text = format!("Need a root block node: {} is being mirrored by job {}", volume.name(), job.id());
             return Err(Error::new(ErrorKind::Exists, text).advise("'livemirror cancel' ends it"));
         }
-        let target = target::prepare(volume, &self.volumes, &options, self.config.cache)?;
+        let target = target::prepare(volume, &self.volumes, &options, &self.config)?;
         let setting = Setting {
             volume: volume.clone(),
             target: target.image.clone(),
@@ -227,7 +227,7 @@ impl Backend for Server {
     }
 
     fn plan_mirror(&self, device: &str, options: MirrorOptions) -> Result<MirrorPlan> {
-        plan::plan(self.volume(device)?, &self.volumes, &options)
+        plan::plan(self.volume(device)?, &self.volumes, &self.config.state_dir, &options)
     }
 
     fn jobs(&self) -> Vec<JobInfo> {

@@ -18,8 +18,13 @@ const SAMPLE_PIECE: u64 = 1 << 20;
 
 /// # Errors
 /// As for the mirror itself, as far as can be told without opening the target.
-pub(super) fn plan(volume: &Volume, volumes: &[Arc<Volume>], options: &MirrorOptions) -> Result<MirrorPlan> {
-    let place = check(volumes, options)?;
+pub(super) fn plan(
+    volume: &Volume,
+    volumes: &[Arc<Volume>],
+    state_dir: &Path,
+    options: &MirrorOptions,
+) -> Result<MirrorPlan> {
+    let place = check(volumes, state_dir, options)?;
     let source = volume.active();
     let (data_bytes, read_per_second) = measure(&*source, volume.size_bytes());
     let path = Path::new(&options.target);

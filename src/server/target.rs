@@ -2,8 +2,11 @@
 
 use std::path::Path;
 
+use super::config::MountConfig;
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{CacheMode, Image, OpenOptions, Role, create, open, own_mount, refuse_same, sync_parent_directory};
+use crate::image::{
+    Image, OpenOptions, Role, create, open, own_mount, refuse_on_own_disk, refuse_same, sync_parent_directory,
+};
 use crate::mirror::types::MirrorOptions;
 use crate::sync::Arc;
 use crate::volume::Volume;
@@ -27,12 +30,15 @@ pub(super) enum Place {
 ///
 /// # Errors
 /// The first thing that is wrong with it.
-pub(super) fn check(volumes: &[Arc<Volume>], options: &MirrorOptions) -> Result<Place> {
+pub(super) fn check(volumes: &[Arc<Volume>], state_dir: &Path, options: &MirrorOptions) -> Result<Place> {
     let path = Path::new(&options.target);
     if !path.is_absolute() {
         return Err(Error::usage("the target must be an absolute path:").on(&*options.target));
     }
     own_mount::refuse_inside(path)?;
+    refuse_on_own_disk(path)?;
+    // A write of the record under the barrier must not wait for that very barrier.
+    refuse_on_own_disk(state_dir)?;
     for volume in volumes {
         refuse_same(&*volume.active(), path)?;
     }
@@ -71,12 +77,17 @@ pub(super) fn prepare(
     volume: &Volume,
     volumes: &[Arc<Volume>],
     options: &MirrorOptions,
-    cache: CacheMode,
+    config: &MountConfig,
 ) -> Result<Target> {
     let path = Path::new(&options.target);
-    let open_options =
-        OpenOptions { format: options.format, writable: true, cache, role: Role::Target, descriptor: None };
-    match check(volumes, options)? {
+    let open_options = OpenOptions {
+        format: options.format,
+        writable: true,
+        cache: config.cache,
+        role: Role::Target,
+        descriptor: None,
+    };
+    match check(volumes, &config.state_dir, options)? {
         Place::Taken => {
             let image = open(path, &open_options)?;
             if image.size_bytes() < volume.size_bytes() {

@@ -107,7 +107,14 @@ fn from_state(found: &Found) -> Result<MountStatus> {
     let nothing = || Error::new(ErrorKind::NotFound, "there is no state in").on(record.state_dir.display().to_string());
     let state = Store::open_existing(&record.state_dir, owner)?.ok_or_else(nothing)?.load()?.ok_or_else(nothing)?;
     let file_mount = is_file_mount(found);
-    let volumes = state.volumes.into_iter().map(|volume| VolumeStatus {
+    let is_dead = !super::unmount::is_alive(record.server_pid);
+    let volumes = state.volumes.into_iter().map(|mut volume| {
+        if is_dead {
+            volume.mirror_died();
+        }
+        volume
+    });
+    let volumes = volumes.map(|volume| VolumeStatus {
         disk: if file_mount { found.mountpoint().to_owned() } else { found.mountpoint().join(&volume.name) }
             .display()
             .to_string(),

@@ -92,6 +92,8 @@ pub(super) fn run(config: MountConfig, waiting: Waiting<'_>) -> Result<()> {
     // Inherited by every server. Allowed to root only; without it the disk works all the same.
     let _ = set_io_flusher();
     let _ = fs::write("/proc/self/oom_score_adj", "-900");
+    // Started by way of /proc/self/exe, which is what `ps` and the list of an image's users would call it.
+    let _ = fs::write("/proc/self/comm", "livemirror");
     let mut mask = SigSet::empty();
     for signal in [Signal::SIGCHLD, Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
         mask.add(signal);

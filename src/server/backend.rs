@@ -217,9 +217,11 @@ impl Backend for Server {
             observer: self.jobs.clone(),
         };
         let registered = |job: &Arc<Job>| self.jobs.list.lock().insert(0, job.clone());
-        match mirror::start(options, setting, registered) {
+        let recorded = self.ledger.mirror_starts(volume.name(), &options.target);
+        match recorded.and_then(|()| mirror::start(options, setting, registered)) {
             Ok(_) => Ok(()),
             Err(error) => {
+                self.ledger.mirror_did_not_start(volume.name());
                 target::discard(&target);
                 Err(error)
             }

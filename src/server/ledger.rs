@@ -61,11 +61,36 @@ impl Ledger {
         self.store.save(&state).map_err(Error::from)
     }
 
+    /// Remembers that a mirror runs: should this server die, the next one says that the mirror died with it.
+    ///
+    /// # Errors
+    /// The record cannot be written.
+    pub(super) fn mirror_starts(&self, volume: &str, target: &str) -> Result<()> {
+        self.change(|state| {
+            if let Some(volume) = state.volume_mut(volume) {
+                volume.mirror_target = Some(target.to_owned());
+            }
+        })
+    }
+
+    /// Takes back what [`Ledger::mirror_starts`] wrote, of a mirror that did not start.
+    pub(super) fn mirror_did_not_start(&self, volume: &str) {
+        let saved = self.change(|state| {
+            if let Some(volume) = state.volume_mut(volume) {
+                volume.mirror_target = None;
+            }
+        });
+        if let Err(error) = saved {
+            log::error!("{error}");
+        }
+    }
+
     /// Remembers how a mirror ended.
     pub(super) fn mirror_ended(&self, volume: &str, outcome: &LastMirror) {
         let saved = self.change(|state| {
             if let Some(volume) = state.volume_mut(volume) {
                 volume.last_mirror = Some(outcome.clone());
+                volume.mirror_target = None;
             }
         });
         if let Err(error) = saved {

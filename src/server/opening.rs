@@ -84,7 +84,9 @@ pub(super) fn open_again(config: &MountConfig, state: &VolumeState, parked: Opti
         role: Role::Source,
         descriptor: parked,
     };
-    Ok(OpenedVolume { image: open(Path::new(&state.active), &options)?, state: state.clone() })
+    let mut state = state.clone();
+    state.mirror_died();
+    Ok(OpenedVolume { image: open(Path::new(&state.active), &options)?, state })
 }
 
 fn superseded(path: &Path, mark: &Mark) -> Error {
@@ -177,7 +179,7 @@ fn settle_on(
     let known =
         recorded.and_then(|state| state.volumes.iter().find(|known| is_same(&known.active_identity, &identity)));
     let former: Vec<FormerImage> = known.map(|known| known.superseded.clone()).unwrap_or_default();
-    let state = VolumeState {
+    let mut state = VolumeState {
         id: match (known, &identity.id) {
             (Some(known), _) => known.id.clone(),
             (None, Some(id)) => id.clone(),
@@ -193,6 +195,8 @@ fn settle_on(
         active_identity: identity,
         shown: known.and_then(|known| known.shown),
         last_mirror: known.and_then(|known| known.last_mirror.clone()),
+        mirror_target: known.and_then(|known| known.mirror_target.clone()),
     };
+    state.mirror_died();
     Ok(OpenedVolume { image, state })
 }

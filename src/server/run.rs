@@ -29,6 +29,8 @@ use crate::volume::{Volume, VolumeOptions};
 
 /// Runs a server; its standard input is the link to the keeper. Returns the exit code: 0 after a clean end.
 pub fn main() -> u8 {
+    // Not "exe": it was started by way of /proc/self/exe.
+    let _ = std::fs::write("/proc/self/comm", "livemirror");
     let link = match KeeperLink::from_stdin() {
         Ok(link) => Arc::new(link),
         Err(error) => {

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::image::{Format, Identity};
-use crate::mirror::types::LastMirror;
+use crate::mirror::types::{LastMirror, MirrorResult};
 use crate::volume::ShownAttributes;
 
 /// The mount.
@@ -50,6 +50,9 @@ pub struct VolumeState {
     pub shown: Option<ShownAttributes>,
     /// How the last mirror ended.
     pub last_mirror: Option<LastMirror>,
+    /// The target of the mirror that runs. A server that finds one at its start knows that the last one died with it.
+    #[serde(default)]
+    pub mirror_target: Option<String>,
 }
 
 /// An image that a volume has left.
@@ -76,6 +79,21 @@ impl MountState {
 }
 
 impl VolumeState {
+    /// Writes down that the mirror that ran, if one did, died with its server.
+    pub fn mirror_died(&mut self) {
+        if let Some(target) = self.mirror_target.take() {
+            let text = "the server died while the mirror ran; the target is not a copy: start the mirror again";
+            self.last_mirror = Some(LastMirror {
+                target,
+                result: MirrorResult::Failed,
+                consistent: false,
+                error: Some(text.to_owned()),
+                pause_ms: None,
+                ended: humantime::format_rfc3339_seconds(std::time::SystemTime::now()).to_string(),
+            });
+        }
+    }
+
     /// What a cutover writes down: `active` is the image from now on, the one before is superseded, the generation is raised.
     pub fn cut_over(&mut self, active: String, identity: Identity, format: Format) {
         let path = std::mem::replace(&mut self.active, active);
@@ -85,6 +103,7 @@ impl VolumeState {
             generation: self.generation,
         };
         self.format = format;
+        self.mirror_target = None;
         self.generation += 1;
         // An image that becomes active again is no longer a former one.
         self.superseded.retain(|other| other.path != self.active && other.path != former.path);

@@ -39,8 +39,24 @@ fn state() -> MountState {
             pause_ms: Some(1.5),
             ended: "2026-01-01T00:00:00Z".into(),
         }),
+        mirror_target: None,
     };
     MountState { mountpoint: "/mnt/vm".into(), restarts: 2, last_exit: Some("signal 9".into()), volumes: vec![volume] }
+}
+
+#[test]
+fn a_mirror_that_died_with_its_server_has_failed() {
+    let mut volume = state().volumes.remove(0);
+    volume.mirror_died();
+    assert_eq!(volume.last_mirror.as_ref().unwrap().result, MirrorResult::Cancelled, "none ran");
+    volume.mirror_target = Some("/new/disk.img".into());
+    let mut moved = volume.clone();
+    volume.mirror_died();
+    let last = volume.last_mirror.unwrap();
+    assert_eq!((last.result, last.consistent, last.target.as_str()), (MirrorResult::Failed, false, "/new/disk.img"));
+    assert_eq!(volume.mirror_target, None);
+    moved.cut_over("/new/disk.img".into(), identity(2), Format::Raw);
+    assert_eq!(moved.mirror_target, None, "a cutover is the end of a mirror");
 }
 
 fn changed() -> MountState {

@@ -254,6 +254,17 @@ fn claims_wrap_around_and_pass_over_what_is_held_or_waited_for() {
 }
 
 #[test]
+fn a_granule_in_a_claim_is_not_claimed_again_however_often_it_is_marked() {
+    let map = map(100 * GRANULE);
+    map.mark(granules(10, 2));
+    let claim = map.claim(Granule(10), 1).unwrap();
+    map.mark(granules(10, 1));
+    assert_eq!(map.claim(Granule(10), 1).unwrap().granules(), 11..12);
+    claim.finish();
+    assert_eq!(map.claim(Granule(10), 1).unwrap().granules(), 10..11);
+}
+
+#[test]
 fn holds_of_different_bytes_of_one_granule_do_not_wait_for_each_other() {
     let map = map(100 * GRANULE);
     let first = map.try_hold(ByteRange::new(0, 256)).unwrap();

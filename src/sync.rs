@@ -53,6 +53,10 @@ mod checked {
         pub fn lock(&self) -> MutexGuard<'_, T> {
             MutexGuard(Some(self.0.lock().unwrap()))
         }
+        /// The value, of which the caller is the only owner.
+        pub fn get_mut(&mut self) -> &mut T {
+            self.0.get_mut().unwrap()
+        }
     }
     impl<T> std::ops::Deref for MutexGuard<'_, T> {
         type Target = T;

@@ -224,6 +224,13 @@ pub trait Image: Send + Sync + fmt::Debug {
     /// large the image. An image that cannot tell answers `Data`.
     fn extent_at(&self, offset: u64) -> Extent;
 
+    /// As [`Image::extent_at`] at the start of `range` (not empty, inside the image), for a caller who looks at `range` only:
+    /// where there is data at its start, the answer may be `Data` for all of it, holes behind the data included. For images
+    /// to which finding the next hole costs time in proportion to the data before it.
+    fn extent_within(&self, range: ByteRange) -> Extent {
+        self.extent_at(range.start())
+    }
+
     /// Bytes that the image takes up on its store.
     ///
     /// # Errors

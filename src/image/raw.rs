@@ -9,6 +9,8 @@
 //! extent_at:    SEEK_DATA and SEEK_HOLE, else all data
 //! ```
 //!
+//! `extent_within` asks SEEK_DATA only: tmpfs answers SEEK_HOLE by a walk over each page of the data.
+//!
 //! Space that was allocated and never written counts as a hole: SEEK_HOLE does not tell the two apart.
 
 use std::os::fd::{AsFd, BorrowedFd};
@@ -104,13 +106,19 @@ impl RawImage {
         u64::try_from(found).map_err(|_| Errno::EIO)
     }
 
-    fn look(&self, offset: u64, size: u64) -> Result<Extent, Errno> {
+    /// The hole at `offset`, if there is one.
+    fn look_for_hole(&self, offset: u64, size: u64) -> Result<Option<Extent>, Errno> {
         let data = match self.seek(offset, Whence::SeekData) {
             Err(Errno::ENXIO) => size,
             found => found?.min(size),
         };
-        if data > offset {
-            return Ok(Extent { range: ByteRange::from_bounds(offset, data), status: ExtentStatus::Hole });
+        let hole = || Extent { range: ByteRange::from_bounds(offset, data), status: ExtentStatus::Hole };
+        Ok((data > offset).then(hole))
+    }
+
+    fn look(&self, offset: u64, size: u64) -> Result<Extent, Errno> {
+        if let Some(hole) = self.look_for_hole(offset, size)? {
+            return Ok(hole);
         }
         // A hole that was punched between the two looks may begin at the offset itself.
         let hole = self.seek(offset, Whence::SeekHole)?.min(size);
@@ -190,6 +198,15 @@ impl Image for RawImage {
         match (tried, answer) {
             (Tried::Done, Some(extent)) if !extent.range.is_empty() => extent,
             _ => Extent { range: ByteRange::from_bounds(offset, size), status: ExtentStatus::Data },
+        }
+    }
+
+    fn extent_within(&self, range: ByteRange) -> Extent {
+        let mut hole = None;
+        let look = || self.look_for_hole(range.start(), self.size_bytes()).map(|found| hole = found);
+        match (self.seek.attempt(look), hole) {
+            (Tried::Done, Some(hole)) => hole,
+            _ => Extent { range, status: ExtentStatus::Data },
         }
     }
 

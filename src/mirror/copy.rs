@@ -86,7 +86,7 @@ fn copy_claim(
     data_bytes: &mut u64,
 ) -> Result<(), Failure> {
     let disk = ByteRange::new(0, live.map.size_bytes());
-    let first = live.source.extent_at(claim.range().start());
+    let first = live.source.extent_within(claim.range().intersect(disk));
     if first.status != ExtentStatus::Data && first.range.end() > claim.range().end() {
         let thin = live.target.image().properties().thin_zeroing;
         let stride = if thin { THIN_STRIDE_BYTES } else { ZERO_STRIDE_BYTES };
@@ -100,36 +100,29 @@ fn copy_claim(
             // Given up in the middle; dropping the claim marks it again.
             return Err((Operation::Write, Error::not_now("the job ends")));
         }
-        let extent = live.source.extent_at(at);
-        let end = if extent.range.end() > at { extent.range.end() } else { range.end() };
-        let part = ByteRange::from_bounds(at, end).intersect(range);
+        let wanted = ByteRange::from_bounds(at, range.end()).split(buffer.len() as u64).0;
+        let extent = live.source.extent_within(wanted);
+        // An extent that does not move on would be a bug of the image.
+        let end = if extent.range.end() > at { extent.range.end() } else { wanted.end() };
+        let part = ByteRange::from_bounds(at, end);
         if extent.status == ExtentStatus::Data {
-            for piece in pieces(part, buffer.len() as u64) {
-                let bytes = &mut buffer[..piece.len() as usize];
-                live.source.read_at(piece.start(), bytes).map_err(|error| (Operation::Read, error))?;
-                write_data(job, live, piece.start(), bytes).map_err(|error| (Operation::Write, error))?;
-                *data_bytes += piece.len();
-            }
+            let piece = part.intersect(wanted);
+            let bytes = &mut buffer[..piece.len() as usize];
+            live.source.read_at(piece.start(), bytes).map_err(|error| (Operation::Read, error))?;
+            *data_bytes += write_data(job, live, piece.start(), bytes).map_err(|error| (Operation::Write, error))?;
+            at = piece.end();
         } else {
-            clear(job, live, part).map_err(|error| (Operation::Write, error))?;
+            let hole = part.intersect(range);
+            clear(job, live, hole).map_err(|error| (Operation::Write, error))?;
+            at = hole.end();
         }
-        at = part.end();
     }
     Ok(())
 }
 
-/// Pieces of at most `limit` bytes from the range's own start.
-fn pieces(range: ByteRange, limit: u64) -> impl Iterator<Item = ByteRange> {
-    let mut rest = range;
-    std::iter::from_fn(move || {
-        let (head, tail) = rest.split(limit);
-        rest = tail;
-        (!head.is_empty()).then_some(head)
-    })
-}
-
-/// Writes `bytes`, but leaves holes where whole blocks are zero.
-fn write_data(job: &Job, live: &Live, offset: u64, bytes: &[u8]) -> Result<(), Error> {
+/// Writes `bytes`, but leaves holes where whole blocks are zero. Returns how many of them are data of the source.
+fn write_data(job: &Job, live: &Live, offset: u64, bytes: &[u8]) -> Result<u64, Error> {
+    let mut data_bytes = bytes.len() as u64;
     let mut at = 0;
     while at < bytes.len() {
         let zero = is_zero_block(&bytes[at..]);
@@ -139,13 +132,18 @@ fn write_data(job: &Job, live: &Live, offset: u64, bytes: &[u8]) -> Result<(), E
         }
         let place = offset + at as u64;
         if zero {
-            clear(job, live, ByteRange::new(place, (end - at) as u64))?;
+            let run = ByteRange::new(place, (end - at) as u64);
+            let extent = live.source.extent_within(run);
+            if extent.status != ExtentStatus::Data {
+                data_bytes -= extent.range.intersect(run).len();
+            }
+            clear(job, live, run)?;
         } else {
             live.target.apply(Change::Write { offset: place, data: &bytes[at..end] })?;
         }
         at = end;
     }
-    Ok(())
+    Ok(data_bytes)
 }
 
 /// The end of the block (in the disk's own alignment) that starts or lies at `at` of a buffer read from `offset`.

@@ -108,6 +108,9 @@ pub fn ended_early(disk: &Disk, last: Option<&LastMirror>) -> Error {
 
 fn failed(disk: &Disk, error: Option<&str>) -> Error {
     let reason = error.unwrap_or("the server does not say why; its log may");
-    Error::new(ErrorKind::Failed, format!("the mirror of {} failed: {reason}", disk.status.disk))
-        .advise("the guest is not affected, its disk is still the source; remove the cause and start the mirror again")
+    let target = disk.status.mirror.as_ref().map_or("the target", |job| &job.target);
+    Error::new(ErrorKind::Failed, format!("the mirror of {} failed: {reason}", disk.status.disk)).advise(format!(
+        "the guest is not affected, its disk is still the source; remove the cause, remove {target} (it is not complete) or \
+         pass --existing, and start the mirror again"
+    ))
 }

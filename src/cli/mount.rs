@@ -113,9 +113,12 @@ impl Arguments {
         if follow && force {
             return Err(Error::usage("follow and force (-o) exclude each other"));
         }
+        for path in volumes.iter().map(|volume| &volume.source).chain([&mountpoint]) {
+            written_down(path)?;
+        }
         let id = MountConfig::mount_id(&mountpoint);
         let absolute = |path: Option<PathBuf>| path.map(|path| place::absolute(&path)).transpose();
-        Ok(MountConfig {
+        let config = MountConfig {
             layout,
             volumes,
             read_only: self.read_only || options.read_only == Some(true),
@@ -137,8 +140,51 @@ impl Arguments {
             foreground: self.foreground || options.foreground,
             kernel_options: options.kernel,
             mountpoint,
-        })
+        };
+        let named = [
+            ("--control", Some(&config.control)),
+            ("--state-dir", Some(&config.state_dir)),
+            ("--log-file", config.log_file.as_ref()),
+            ("--pidfile", config.pidfile.as_ref()),
+        ];
+        for (option, path) in named.into_iter().filter_map(|(option, path)| Some((option, path?))) {
+            check_own_file(option, path, &config)?;
+        }
+        Ok(config)
     }
+}
+
+/// State and messages are JSON.
+fn written_down(path: &Path) -> Result<()> {
+    if path.to_str().is_some() {
+        return Ok(());
+    }
+    Err(Error::usage("a path that is not UTF-8 cannot be mounted:")
+        .on(path.display().to_string())
+        .advise("use another name, or a symbolic link that has one"))
+}
+
+/// Refuses a file of our own that would be written over a disk's image, or be hidden beneath the mount.
+fn check_own_file(option: &str, path: &Path, config: &MountConfig) -> Result<()> {
+    use std::os::unix::fs::MetadataExt;
+    written_down(path)?;
+    let refused = |what: &str| {
+        Err(Error::usage(format!("{option} {what}")).on(path.display().to_string()).advise("name another place"))
+    };
+    if let Ok(there) = std::fs::metadata(path) {
+        let number = (there.dev(), there.ino());
+        let is_it = |image: &Path| std::fs::metadata(image).is_ok_and(|image| (image.dev(), image.ino()) == number);
+        if config.volumes.iter().any(|volume| is_it(&volume.source)) {
+            return refused("names the image of a disk:");
+        }
+    }
+    // The directory's own path, as the mountpoint's: without symbolic links.
+    let resolved =
+        path.ancestors().find_map(|known| Some(known.canonicalize().ok()?.join(path.strip_prefix(known).ok()?)));
+    if resolved.is_some_and(|path| path.starts_with(&config.mountpoint)) {
+        return refused("lies in the mountpoint:");
+    }
+    Ok(())
 }
 
 fn print(paths: &[PathBuf]) {

@@ -106,7 +106,11 @@ impl Found {
                 Ok(client) => return Ok(client),
                 Err(error) => error,
             };
-            if error.kind() != ErrorKind::NotFound || Instant::now() > deadline || !self.is_mounted() {
+            if !self.is_mounted() {
+                let what = "it was unmounted meanwhile:";
+                return Err(Error::new(ErrorKind::NotFound, what).on(self.mountpoint().display().to_string()));
+            }
+            if error.kind() != ErrorKind::NotFound || Instant::now() > deadline {
                 return Err(match error.advice() {
                     Some(_) => error,
                     None => error.advise(format!(

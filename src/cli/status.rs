@@ -101,7 +101,11 @@ pub fn of(found: &Found) -> Result<MountStatus> {
     }
 }
 
-fn from_state(found: &Found) -> Result<MountStatus> {
+/// What the state says of a mount; its server is not asked.
+///
+/// # Errors
+/// There is no state, or it cannot be read.
+pub fn from_state(found: &Found) -> Result<MountStatus> {
     let record = found.record()?;
     let owner = found.entry.user_id.unwrap_or_else(|| nix::unistd::geteuid().as_raw());
     let nothing = || Error::new(ErrorKind::NotFound, "there is no state in").on(record.state_dir.display().to_string());

@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::interrupt::Interrupt;
+use super::output;
 use super::place::{self, Found};
+use super::status;
 use super::units;
 use crate::control::backend::MountStatus;
 use crate::error::{Error, ErrorKind, Result};
@@ -15,6 +17,8 @@ use crate::fuse::{holders, mountpoint};
 
 /// How long the processes may take to end after the unmount.
 const FAREWELL: Duration = Duration::from_secs(60);
+/// How long they may take after `--abort`.
+const SHORT_FAREWELL: Duration = Duration::from_secs(5);
 /// How long a server may take to answer to `--abort`.
 const IMPATIENCE: Duration = Duration::from_secs(5);
 
@@ -50,12 +54,20 @@ impl Arguments {
         }
         let interrupt = Interrupt::watch()?;
         let deadline = Instant::now() + self.wait;
+        // A shell may well stand in the mountpoint; this command itself need not be one of those who hold it.
+        let _ = std::env::set_current_dir("/");
         if self.abort {
             warn_holders(&found);
         }
+        let moved = moved_disks(&found);
         loop {
             match unmount(&found, self.abort) {
-                Ok(()) => return Ok(()),
+                Ok(()) => {
+                    for line in &moved {
+                        output::line(line);
+                    }
+                    return Ok(());
+                }
                 Err(error) if error.kind() != ErrorKind::NotNow || interrupt.came() || Instant::now() >= deadline => {
                     return Err(error);
                 }
@@ -63,6 +75,14 @@ impl Arguments {
             }
         }
     }
+}
+
+/// Of each disk that does not live on its source any more: where it is from now on. Above all where the mount lay over the
+/// old image itself, which shows again after the unmount.
+fn moved_disks(found: &Found) -> Vec<String> {
+    let Ok(status) = status::from_state(found) else { return Vec::new() };
+    let moved = status.volumes.into_iter().filter(|volume| volume.active != volume.source);
+    moved.map(|volume| format!("{} is out of date: use {} from now on", volume.source, volume.active)).collect()
 }
 
 fn warn_holders(found: &Found) {
@@ -94,13 +114,18 @@ pub fn unmount(found: &Found, abort: bool) -> Result<()> {
             Point::of(found.entry.clone())?.unmount(How::Abort)?;
             (pids, Vec::new())
         }
+        // It died just now.
+        Err(_) if !mountpoint::is_alive(&found.entry) => return mountpoint::clean(found.entry.clone()),
         Err(error) => return Err(error),
     };
-    let deadline = Instant::now() + FAREWELL;
+    let patience = if abort { SHORT_FAREWELL } else { FAREWELL };
+    let deadline = Instant::now() + patience;
     while found.is_mounted() || pids.iter().any(|pid| is_alive(*pid)) {
         if Instant::now() > deadline {
-            let error = Error::not_now(format!("unmounted, but the server has not ended within {FAREWELL:?}:"));
-            return Err(error.on(found.mountpoint().display().to_string()).advise("see its log: an image may hang"));
+            let left: Vec<String> = pids.iter().filter(|pid| is_alive(**pid)).map(u32::to_string).collect();
+            let text = format!("unmounted, but not all has ended within {patience:?} (process {}):", left.join(", "));
+            let error = Error::new(ErrorKind::Failed, text).on(found.mountpoint().display().to_string());
+            return Err(error.advise("see the log: an image may hang, and is in use as long as the process lives"));
         }
         std::thread::sleep(Duration::from_millis(5));
     }

@@ -47,7 +47,7 @@ impl Job {
             Operation::Write => self.options.on_target_error,
         };
         let action = policy.action(&error);
-        let error = self.explain(operation, error);
+        let error = self.explain(operation, action, error);
         let mut tell = true;
         {
             let mut state = self.state.lock();
@@ -118,7 +118,7 @@ impl Job {
     }
 
     /// Adds what the user can do about it.
-    fn explain(&self, operation: Operation, error: Error) -> Error {
+    fn explain(&self, operation: Operation, action: ErrorAction, error: Error) -> Error {
         if operation == Operation::Read {
             return error.advise("the source has a bad spot: --on-source-error ignore copies all the rest");
         }
@@ -129,7 +129,11 @@ impl Job {
         let missing = info.data_bytes.saturating_sub(info.copied_bytes).max(info.dirty_bytes.min(info.data_bytes));
         let percent = (info.copied_bytes * 100).checked_div(info.data_bytes).unwrap_or(0);
         let text = format!("the target is full at {percent} %, needs up to {} more", human(missing));
-        error.advise(format!("{text}: make room, then 'livemirror resume'"))
+        error.advise(match action {
+            ErrorAction::Report => format!("{text}: make room, then start the mirror again"),
+            ErrorAction::Stop => format!("{text}: make room, then 'livemirror resume'"),
+            ErrorAction::Ignore => format!("{text}: make room, and it goes on by itself"),
+        })
     }
 }
 

@@ -68,7 +68,9 @@ pub(super) fn prepare(link: &Arc<KeeperLink>, start: Start) -> Result<(Arc<Ledge
     let Start { config, parked, restarts, last_exit, first, .. } = start;
     let marks = Marks::new()?;
     let owner = nix::unistd::geteuid().as_raw();
-    let recorded = match Store::open_existing(&config.state_dir, owner)?.map(|store| store.load()) {
+    let store = Store::open_existing(&config.state_dir, owner)?;
+    let claimed = store.map(Store::claim).transpose()?;
+    let recorded = match claimed.as_ref().map(Store::load) {
         Some(Err(error)) if error.kind() == ErrorKind::Corrupt && first && config.force => {
             log::warn!("{error}; mounted all the same");
             None
@@ -98,7 +100,10 @@ pub(super) fn prepare(link: &Arc<KeeperLink>, start: Start) -> Result<(Arc<Ledge
         volumes: opened.iter().map(|one| one.state.clone()).collect(),
     };
     let new_state = first && recorded.is_none();
-    let store = Store::open(&config.state_dir)?;
+    let store = match claimed {
+        Some(store) => store,
+        None => Store::open(&config.state_dir)?.claim()?,
+    };
     if first {
         store.remove_leftovers();
     }

@@ -116,6 +116,26 @@ impl Directory {
         Ok(Some(Arc::new(Directory { fd, path: path.to_owned(), faults: Faults::default() })))
     }
 
+    /// Keeps every other process from writing here, for as long as this lives. Where the file system cannot lock directories
+    /// (NFS), nothing is kept away.
+    ///
+    /// # Errors
+    /// `NotNow`: another process has done so.
+    pub(super) fn claim(&self) -> Result<()> {
+        let file = File::from(self.fd.try_clone().map_err(|error| self.error("cannot use", ".", &error))?);
+        match file.try_lock() {
+            Err(std::fs::TryLockError::WouldBlock) => {
+                let error = Error::not_now("another server uses the state directory");
+                Err(error.on(self.path.display().to_string()).advise("unmount its disks first, or see --state-dir"))
+            }
+            Err(std::fs::TryLockError::Error(error)) => {
+                log::debug!("{}: {error}", self.path.display());
+                Ok(())
+            }
+            Ok(()) => Ok(()),
+        }
+    }
+
     pub(super) fn path_of(&self, name: &str) -> PathBuf {
         self.path.join(name)
     }

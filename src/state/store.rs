@@ -40,6 +40,15 @@ impl Store {
         Ok(Store { directory: Directory::create(directory)?, commits: Arc::new(Mutex::new(0)) })
     }
 
+    /// Keeps every other server from this state, for as long as this lives.
+    ///
+    /// # Errors
+    /// `NotNow`: another server uses it.
+    pub fn claim(self) -> Result<Store> {
+        self.directory.claim()?;
+        Ok(self)
+    }
+
     /// Opens the state directory of user `owner` to look at it. `None` if there is none; changes nothing.
     ///
     /// # Errors

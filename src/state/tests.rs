@@ -59,6 +59,17 @@ fn a_mirror_that_died_with_its_server_has_failed() {
     assert_eq!(moved.mirror_target, None, "a cutover is the end of a mirror");
 }
 
+#[test]
+fn two_servers_do_not_share_a_state_directory() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("state");
+    let first = Store::open(&path).unwrap().claim().unwrap();
+    assert_eq!(Store::open(&path).unwrap().claim().err().unwrap().kind(), ErrorKind::NotNow);
+    Store::open(&path).unwrap().load().unwrap();
+    drop(first);
+    Store::open(&path).unwrap().claim().unwrap();
+}
+
 fn changed() -> MountState {
     let mut state = state();
     state.volume_mut("disk.img").unwrap().cut_over("/new/disk.img".into(), identity(2), Format::Raw);

@@ -101,18 +101,18 @@ pub fn unmount(found: &Found, abort: bool) -> Result<()> {
         // Nobody is there to be asked: only the mount is left.
         return mountpoint::clean(found.entry.clone());
     }
-    let (pids, moved) = match ask(found, abort) {
+    let pids = match ask(found, abort) {
         Ok(pids) => pids,
         // The server may be gone before its answer was read.
         Err(error) if !found.is_mounted() => {
             log::debug!("{error}");
-            (recorded(found), Vec::new())
+            recorded(found)
         }
         Err(error) if abort => {
             log::warn!("{error}");
             let pids = recorded(found);
             Point::of(found.entry.clone())?.unmount(How::Abort)?;
-            (pids, Vec::new())
+            pids
         }
         // It died just now.
         Err(_) if !mountpoint::is_alive(&found.entry) => return mountpoint::clean(found.entry.clone()),
@@ -129,14 +129,11 @@ pub fn unmount(found: &Found, abort: bool) -> Result<()> {
         }
         std::thread::sleep(Duration::from_millis(5));
     }
-    for (source, active) in moved {
-        eprintln!("{source} is out of date: use {active} from now on");
-    }
     Ok(())
 }
 
-/// Lets the server unmount. Returns the processes that end now, and the disks that were cut over: from where to where.
-fn ask(found: &Found, abort: bool) -> Result<(Vec<u32>, Vec<(String, String)>)> {
+/// Lets the server unmount. Returns the processes that end now.
+fn ask(found: &Found, abort: bool) -> Result<Vec<u32>> {
     // Whoever aborts does not want to wait for a server that hangs.
     let mut client = if abort { found.connect_within(IMPATIENCE)? } else { found.connect()? };
     let status: MountStatus = client.call("livemirror-status", json!({}))?;
@@ -144,9 +141,7 @@ fn ask(found: &Found, abort: bool) -> Result<(Vec<u32>, Vec<(String, String)>)> 
         client.set_patience(FAREWELL);
     }
     client.execute("livemirror-unmount", json!({ "abort": abort }))?;
-    let pids = [status.server_pid, status.keeper_pid].into_iter().flatten().collect();
-    let moved = status.volumes.into_iter().filter(|volume| volume.active != volume.source);
-    Ok((pids, moved.map(|volume| (volume.source, volume.active)).collect()))
+    Ok([status.server_pid, status.keeper_pid].into_iter().flatten().collect())
 }
 
 /// The processes of the mount, as its server wrote them down.

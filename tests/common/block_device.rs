@@ -23,6 +23,12 @@ impl LoopDevice {
         LoopDevice { path: PathBuf::from(done.stdout.trim()), attached: true }
     }
 
+    /// Attaches the loop device `path` to `file`; `None` if it is in use.
+    pub fn at(path: &Path, file: &Path) -> Option<Self> {
+        let done = run("losetup", [path, file]);
+        (done.code == Some(0)).then(|| LoopDevice { path: path.to_owned(), attached: true })
+    }
+
     /// Detaches it and waits until the kernel has let go of the file.
     #[track_caller]
     pub fn detach(mut self) {

@@ -93,11 +93,13 @@ pub fn locks_on(file: &Path) -> Vec<String> {
     locks.lines().filter(|line| line.split_whitespace().any(|word| word == id)).map(str::to_owned).collect()
 }
 
-/// Files that the program keeps for a running mount at `mountpoint`, outside of the directories that it was told.
+/// Files that the program keeps for a running mount at `mountpoint`, outside of the directories that it was told: those that
+/// speak of it.
 pub fn runtime_files(mountpoint: &Path) -> Vec<PathBuf> {
-    let id = livemirror::server::config::MountConfig::mount_id(mountpoint);
+    let point = mountpoint.to_string_lossy().into_owned();
+    let speaks = |path: &PathBuf| fs::read(path).is_ok_and(|bytes| String::from_utf8_lossy(&bytes).contains(&point));
     let files = fs::read_dir("/run/livemirror").into_iter().flatten().flatten().map(|entry| entry.path());
-    files.filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().contains(&id))).collect()
+    files.filter(speaks).collect()
 }
 
 /// Panics if anything of a mount at `mountpoint`, used with files in `dir`, is still there. The processes get the moment

@@ -1,25 +1,25 @@
 #!/usr/bin/env bash
 # What the mounted disk and the mirror cost, side by side with the plain file and with cp, by public tools only.
 #
-#   benches/side_by_side.sh [guest] [null] [mirror] [memory]      all of them, unless some are named
+#   benches/side_by_side.sh [guest] [mirror] [memory]      all of them, unless some are named
 #
 # Every pair is measured in turns (plain, mounted, plain, mounted ...), so that noise hits both alike; medians and the
 # median of the pairs' ratios are printed. Environment:
-#   LIVEMIRROR  the program (default: target/release/livemirror)     NULL_DISK  target/release/examples/null_disk
+#   LIVEMIRROR  the program (default: target/release/livemirror)
 #   DIR         where images lie (default: a new directory in /dev/shm)
 #   PAIRS       pairs of each row (5)    SECONDS_EACH  length of one run (2)    SIZE_MIB  size of the image (1024)
 #   ROWS        the guest rows to run, as a pattern (".": all)       ENGINE     fio's engine (libaio)
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
-: "${LIVEMIRROR:=$root/target/release/livemirror}" "${NULL_DISK:=$root/target/release/examples/null_disk}"
+: "${LIVEMIRROR:=$root/target/release/livemirror}"
 : "${PAIRS:=5}" "${SECONDS_EACH:=2}" "${SIZE_MIB:=1024}" "${ROWS:=.}" "${ENGINE:=libaio}"
 own_dir=
 if [[ -z ${DIR:-} ]]; then
     DIR=$(mktemp -d /dev/shm/livemirror-bench-XXXXXX)
     own_dir=1
 fi
-mount=$DIR/mnt null_mount=$DIR/null null_pid=
+mount=$DIR/mnt
 
 say() { printf '%s\n' "$*"; }
 die() { printf 'side_by_side: %s\n' "$*" >&2; exit 1; }
@@ -29,7 +29,6 @@ clean_up() {
     if mountpoint -q "$mount"; then
         timeout 60 "$LIVEMIRROR" unmount "$mount" --wait 20s || timeout 60 "$LIVEMIRROR" unmount "$mount" --abort || true
     fi
-    if [[ -n $null_pid ]]; then fusermount3 -u "$null_mount" || kill "$null_pid" || true; fi
     if [[ -n $own_dir ]]; then rm -rf "$DIR"; fi
 }
 trap clean_up EXIT
@@ -112,20 +111,6 @@ bench_guest() {
 }
 
 # The ceiling: a file system that answers at once and touches no byte.
-bench_null() {
-    [[ -x $NULL_DISK ]] || die "missing: $NULL_DISK (cargo build --release --example null_disk)"
-    random_file "$DIR/plain.img"
-    mkdir -p "$null_mount"
-    "$NULL_DISK" "$null_mount" "$((SIZE_MIB << 20))" &
-    null_pid=$!
-    for _ in $(seq 50); do mountpoint -q "$null_mount" && break; sleep 0.1; done
-    guest_rows "$DIR/plain.img" "$null_mount/disk.img" "null volume"
-    fusermount3 -u "$null_mount"
-    wait "$null_pid" || true
-    null_pid=
-    rm -f "$DIR/plain.img"
-}
-
 now() { local t=$EPOCHREALTIME; printf '%s\n' "${t/,/.}"; }
 # seconds_of COMMAND...
 seconds_of() {
@@ -188,11 +173,11 @@ bench_memory() {
     rm -f "$DIR/huge.img" "$DIR/huge-target.img"
 }
 
-[[ $# -gt 0 ]] || set -- guest null mirror memory
+[[ $# -gt 0 ]] || set -- guest mirror memory
 say "livemirror $("$LIVEMIRROR" --version | awk '{ print $2 }'), $(nproc) cores, Linux $(uname -r | cut -d- -f1), load $(cut -d' ' -f1 /proc/loadavg)"
 for part in "$@"; do
     case $part in
-    guest | null | mirror | memory) "bench_$part" ;;
-    *) die "unknown part: $part (guest, null, mirror, memory)" ;;
+    guest | mirror | memory) "bench_$part" ;;
+    *) die "unknown part: $part (guest, mirror, memory)" ;;
     esac
 done

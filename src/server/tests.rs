@@ -214,11 +214,11 @@ fn the_target_is_no_source_by_any_name() {
     for name in ["a.img", "link.img", "hard.img"] {
         for existing in [false, true] {
             let options = MirrorOptions { existing, ..MirrorOptions::new("j", world.at(name).display().to_string()) };
-            let error = target::check(std::slice::from_ref(&disk), &options).map(|_| ()).unwrap_err();
+            let error = target::check(std::slice::from_ref(&disk), Path::new("/"), &options).map(|_| ()).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Usage, "{error}");
             assert!(error.to_string().contains("the source itself"), "{error}");
         }
     }
     let options = MirrorOptions { existing: true, ..MirrorOptions::new("j", world.at("b.img").display().to_string()) };
-    target::check(std::slice::from_ref(&disk), &options).unwrap();
+    target::check(std::slice::from_ref(&disk), Path::new("/"), &options).unwrap();
 }

@@ -15,7 +15,7 @@ fn cut_over_under_load(mode: CopyMode) {
     let target = MemoryImage::new("target", 32 << 20);
     let options = MirrorOptions { copy_mode: mode, ..MirrorOptions::new("j", "target") };
     let job = world.mirror(&volume, target.clone(), options);
-    world.cut_over(&[job.clone()]);
+    world.cut_over(std::slice::from_ref(&job));
     // The guests go on, on the target; the source is left alone.
     let frozen = read_all(&*source);
     let seen: Vec<u64> = guests.iter().map(|(_, guest)| guest.writes.load(SeqCst)).collect();
@@ -160,7 +160,7 @@ fn an_abandoned_cutover_leaves_everything_as_it_was() {
     let gate = crate::image::faulty::Gate::new();
     target.add(Fault::new(Operation::Flush, Effect::Before(gate.clone())).after(1).times(1));
     let short = Duration::from_millis(20);
-    let error = world.cutovers.attempt(&[job.clone()], Ending::Switch, short, short).unwrap_err();
+    let error = world.cutovers.attempt(std::slice::from_ref(&job), Ending::Switch, short, short).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotNow, "{error}");
     assert_eq!(volume.active().name(), "source");
     assert!(world.committer.committed.lock().is_empty());
@@ -179,7 +179,7 @@ fn a_record_that_cannot_be_put_in_place_leaves_the_old_image() {
     wait_for("ready", || job.status() == JobStatus::Ready);
     world.committer.outdated.store(true, SeqCst);
     let second = Duration::from_secs(1);
-    let error = world.cutovers.attempt(&[job.clone()], Ending::Switch, second, second).unwrap_err();
+    let error = world.cutovers.attempt(std::slice::from_ref(&job), Ending::Switch, second, second).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotNow, "{error}");
     assert_eq!(volume.active().name(), "source");
     assert!(world.committer.superseded.lock().is_empty());
@@ -259,7 +259,7 @@ fn a_flush_that_fails_beside_the_cutovers_own_is_not_healed_by_it() {
         });
     }));
     let second = Duration::from_secs(1);
-    let error = world.cutovers.attempt(&[job.clone()], Ending::Switch, second, second).unwrap_err();
+    let error = world.cutovers.attempt(std::slice::from_ref(&job), Ending::Switch, second, second).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotNow, "{error}");
     assert!(world.committer.committed.lock().is_empty());
     copies.open();

@@ -131,7 +131,10 @@ fn a_hung_target_stalls_a_synchronous_guest_for_a_bounded_time_and_nothing_lands
     let info = job.info();
     assert!(!info.in_sync && info.in_flight_bytes > 0, "what was given up on counts as in flight");
     let short = Duration::from_millis(50);
-    assert!(world.cutovers.attempt(&[job.clone()], Ending::Switch, short, short).is_err(), "no cutover meanwhile");
+    assert!(
+        world.cutovers.attempt(std::slice::from_ref(&job), Ending::Switch, short, short).is_err(),
+        "no cutover meanwhile"
+    );
     gate.open();
     wait_for("in sync", || job.info().in_sync);
     assert!(read_all(&*target)[..BLOCK] == block_bytes(0, 2), "the late write did not win");

@@ -266,3 +266,39 @@ fn a_flush_that_fails_beside_the_cutovers_own_is_not_healed_by_it() {
     world.cut_over(&[job]);
     assert!(read_all(&*target)[..BLOCK] == block_bytes(0, 1));
 }
+
+#[test]
+fn a_group_is_held_as_one() {
+    // While the first disk's target is flushed under the barrier, a write to the second disk waits too.
+    let world = World::new();
+    let (one, two) = (volume("one", disk(1)), volume("two", disk(1)));
+    let target = FaultyImage::new(MemoryImage::new("t1", 1 << 20));
+    let jobs = [
+        world.mirror(&one, target.clone(), MirrorOptions::new("one", "t1")),
+        world.mirror(&two, MemoryImage::new("t2", 1 << 20), MirrorOptions::new("two", "t2")),
+    ];
+    wait_for("ready", || jobs.iter().all(|job| job.status() == JobStatus::Ready));
+    let gate = crate::image::faulty::Gate::new();
+    target.add(Fault::new(Operation::Flush, Effect::Before(gate.clone())).after(1).times(1));
+    let attempt = {
+        let (cutovers, jobs) = (world.cutovers.clone(), jobs.clone());
+        let long = Duration::from_secs(60);
+        std::thread::spawn(move || cutovers.attempt(&jobs, Ending::Switch, long, long))
+    };
+    gate.wait_for_arrivals(1);
+    let written = Arc::new(AtomicBool::new(false));
+    let writer = {
+        let (two, written) = (two.clone(), written.clone());
+        std::thread::spawn(move || {
+            two.write(0, &block_bytes(0, 1), false).unwrap();
+            written.store(true, SeqCst);
+        })
+    };
+    // Time for a write that is not held to be done.
+    std::thread::sleep(Duration::from_millis(200));
+    assert!(!written.load(SeqCst), "the second disk was written while the first was behind the barrier");
+    gate.open();
+    attempt.join().unwrap().unwrap();
+    writer.join().unwrap();
+    assert_eq!((one.active().name(), two.active().name()), ("t1", "t2"));
+}

@@ -113,10 +113,16 @@ fn newest(image: &Path) -> Vec<u64> {
 /// Panics unless the pair is a point in the order: disk 2 has what disk 1 has, or all but the last number of it.
 #[track_caller]
 fn assert_one_instant(pair: &[PathBuf; 2]) {
+    let differences = torn_apart(pair);
+    assert!(differences.is_empty(), "not one instant: {}", differences.join("; "));
+}
+
+/// In which the pair is no point in the order.
+fn torn_apart(pair: &[PathBuf; 2]) -> Vec<String> {
     let [first, second] = pair.each_ref().map(|image| newest(image));
-    for (writer, (one, two)) in first.into_iter().zip(second).enumerate() {
-        assert!(one == two || one == two + 1, "writer {writer}: disk 1 is at {one}, disk 2 at {two}");
-    }
+    let both = first.into_iter().zip(second).enumerate();
+    let wrong = both.filter(|(_, (one, two))| one != two && *one != two + 1);
+    wrong.map(|(writer, (one, two))| format!("writer {writer}: disk 1 is at {one}, disk 2 at {two}")).collect()
 }
 
 fn pair(place: &Place, round: usize) -> [PathBuf; 2] {
@@ -170,6 +176,30 @@ fn in_write_blocking_mode() {
 #[test]
 fn in_background_mode_on_a_disk() {
     cut_over_repeatedly(&Place::on_disk(), &["--copy-mode", "background", "--granularity", "4K"]);
+}
+
+/// The check itself: two disks that are cut over one after the other leave a pair that is no instant, and it is noticed.
+#[test]
+fn one_after_the_other_would_be_noticed() {
+    let place = Place::in_memory();
+    let sources = pair(&place, 0);
+    for source in &sources {
+        File::create_new(source).and_then(|file| file.set_len(SIZE)).expect("an image");
+    }
+    let mounted = Mount::of(&place, &sources).start();
+    let disks = ["one-0.img", "two-0.img"].map(|name| mounted.disk(name));
+    let writers = Ordered::start([&disks[0], &disks[1]]);
+    for (disk, target) in disks.iter().zip(&pair(&place, 1)) {
+        mounted.verb_on(disk, "mirror", [target]).ok();
+        mounted.verb_on(disk, "cutover", ["--max-pause", "10s", "--timeout", "120s"]).ok();
+        writers.wait_for_more(100);
+    }
+    let last = writers.stop();
+    assert!(!torn_apart(&sources).is_empty(), "nothing was noticed");
+    mounted.unmount();
+    for image in pair(&place, 1) {
+        assert_eq!(newest(&image), last, "{}", image.display());
+    }
 }
 
 #[test]

@@ -236,8 +236,9 @@ impl Load {
             let file = file.unwrap_or_else(|error| panic!("{}: {error}", disk.display()));
             let shared = Arc::clone(&shared);
             std::thread::spawn(move || {
-                let random = Random::new(seed, number as u64);
-                Writer { shared: &shared, file, number: number as u64, habits, random }.run()
+                let mut random = Random::new(seed, number as u64);
+                let walked = random.below(1 << 20);
+                Writer { shared: &shared, file, number: number as u64, habits, random, walked }.run()
             })
         });
         Load { threads: threads.collect(), shared: Arc::clone(&shared) }
@@ -286,6 +287,7 @@ struct Writer<'a> {
     number: u64,
     habits: Habits,
     random: Random,
+    walked: u64,
 }
 
 impl Writer<'_> {
@@ -308,15 +310,21 @@ impl Writer<'_> {
         Ok(())
     }
 
-    /// A block of one of this thread's stripes; every other time one of the first few, so that some granules are hot.
+    /// A block of one of this thread's stripes: mostly the next one on a walk over the disk, so that what is lost stays lost
+    /// for a while, and now and then one of the first few, so that some granules are hot.
     fn pick(&mut self) -> u64 {
         let table = &self.shared.table;
         let blocks =
             if self.habits.hot_blocks == 0 { table.blocks() } else { self.habits.hot_blocks.min(table.blocks()) };
         let depth = self.habits.depth as u64;
         let own = (blocks.div_ceil(STRIPE).saturating_sub(self.number)).div_ceil(depth).max(1);
-        let limit = if self.random.one_in(2) { own.min(4) } else { own };
-        let stripe = self.random.below(limit) * depth + self.number;
+        let turn = if self.random.one_in(4) {
+            self.random.below(own.min(4))
+        } else {
+            self.walked += 1;
+            self.walked % own
+        };
+        let stripe = turn * depth + self.number;
         (stripe * STRIPE + self.random.below(STRIPE)).min(table.blocks() - 1)
     }
 

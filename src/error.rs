@@ -135,7 +135,7 @@ impl Error {
         })
     }
 
-    /// The exit code of the command that ends with it (DESIGN section 5): 1 failed, 2 wrong usage, 3 not now.
+    /// The exit code of the command that ends with it : 1 failed, 2 wrong usage, 3 not now.
     pub fn exit_code(&self) -> u8 {
         match self.0.kind {
             ErrorKind::Usage => 2,

@@ -80,21 +80,24 @@
 //!
 //! # Rules that never break, and where they are kept
 //!
-//! | rule | kept by |
-//! |---|---|
-//! | no silent difference | [`volume`] marks after each change, failed or not; a dropped claim or hold marks again |
-//! | clear before read, one copier at a time | [`dirty::DirtyMap::claim`]; the copier asks for extents after it |
-//! | tracking before the first look | [`mirror::start`], under the barrier |
-//! | acknowledged is kept | the cutover drains and flushes under the barrier; replies leave nothing only in memory |
-//! | the guest comes first | a guest waits for a target at most [`mirror::MAX_GUEST_DELAY`]; target errors are the job's |
-//! | flush means flush | `fsync` and O_DSYNC writes flush the active image, and the target in write-blocking mode |
-//! | thin stays thin | holes are not copied, zero blocks are left out, guests' discards reach the target |
-//! | one writer per image | QEMU's byte-range locks, a fence of our own, O_EXCL on devices ([`image`]) |
-//! | after a cutover the old source is stale | marks on the images ([`state::marks`]), checked at each mount |
-//! | errors are named | [`error::Error`]: what, on which image, where, why, what to do |
-//! | memory and queues are bounded | the target queue, the control socket's outbox, the copiers' buffers |
-//! | nothing lands late | a target write that was given up on keeps its hold and its bytes until it has returned |
-//! | one commit point | one atomic rename of the mount's record ([`state::store`]) decides which images are active |
+//! The numbers are those that comments name; 2 (intent before write) and 11 (which mirrors may be resumed) come with the durable
+//! intent log, which is not there yet.
+//!
+//! | | rule | kept by |
+//! |---|---|---|
+//! | 1 | no silent difference | [`volume`] marks after each change, failed or not; a dropped claim or hold marks again |
+//! | 3 | clear before read, one copier at a time | [`dirty::DirtyMap::claim`]; the copier asks for extents after it |
+//! | 4 | tracking before the first look | [`mirror::start`], under the barrier |
+//! | 5 | acknowledged is kept | the cutover drains and flushes under the barrier; replies leave nothing only in memory |
+//! | 6 | the guest comes first | a guest waits for a target at most [`mirror::MAX_GUEST_DELAY`]; target errors are the job's |
+//! | 7 | flush means flush | `fsync` and O_DSYNC writes flush the active image, and the target in write-blocking mode |
+//! | 8 | thin stays thin | holes are not copied, zero blocks are left out, guests' discards reach the target |
+//! | 9 | one writer per image | QEMU's byte-range locks, a fence of our own, O_EXCL on devices ([`image`]) |
+//! | 10 | after a cutover the old source is stale | marks on the images ([`state::marks`]), checked at each mount |
+//! | 12 | errors are named | [`error::Error`]: what, on which image, where, why, what to do |
+//! | 13 | memory and queues are bounded | the target queue, the control socket's outbox, the copiers' buffers |
+//! | 14 | nothing lands late | a target write that was given up on keeps its hold and its bytes until it has returned |
+//! | 15 | one commit point | one atomic rename of the mount's record ([`state::store`]) decides which images are active |
 //!
 //! `tests/mutants.sh` removes, one after the other, the lines that keep these rules, and shows the test that then fails; its last
 //! result is in `tests/mutants/RESULT.md`.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Takes the rules of DESIGN section 3 out of the program, one line at a time, and requires that a test notices.
+# Takes the rules of the crate's documentation out of the program, one line at a time, and requires that a test notices.
 #
 #   tests/mutants.sh              all of them
 #   tests/mutants.sh NAME...      those whose file name begins so ("03", "06-stall")

@@ -124,7 +124,7 @@ install_packages
 mapfile -t scripts < <(shell_scripts)
 check "shell scripts" shellcheck --severity=style "${scripts[@]}"
 
-# Two at a time: most tests wait for a disk or for another process.
+# Some at a time: most tests wait for a disk or for another process.
 cargo_tests "tests" cargo test --no-fail-fast -- --test-threads="${LIVEMIRROR_TEST_THREADS:-3}"
 
 # The dirty map under a model checker: another build of the crate, so in a directory of its own.

@@ -42,7 +42,7 @@ pub struct Arguments {
 #[derive(Debug, clap::Args)]
 pub struct MirrorArguments {
     /// The target's format; otherwise as its name says.
-    #[arg(long, value_parser = ["raw", "qcow2"])]
+    #[arg(long, value_parser = ["raw"])]
     format: Option<String>,
     /// background: the guest waits for the source only. write-blocking: it waits for both images. auto: the mirror chooses.
     #[arg(long, value_parser = ["auto", "background", "write-blocking"], default_value = "auto")]
@@ -65,7 +65,7 @@ pub struct MirrorArguments {
     /// Writes into a TARGET that is there already (block devices always are). Its content is lost.
     #[arg(long)]
     existing: bool,
-    /// Starts from the beginning even where an earlier mirror to TARGET could go on.
+    /// Starts from the beginning, as every mirror of this version does.
     #[arg(long)]
     restart: bool,
 }

@@ -13,7 +13,7 @@ use crate::state::paths;
 
 /// Mounts disks as plain files.
 ///
-/// SOURCE is a raw image, a block device or a qcow2 file. Returns when the disks can be used, and prints their paths.
+/// SOURCE is a raw image or a block device (a qcow2 file is refused in this version). Returns when the disks can be used, and prints their paths.
 ///
 /// MOUNTPOINT is an empty directory, in which each disk is a file named after its SOURCE; or a regular file, SOURCE itself
 /// included, which becomes the disk.
@@ -74,7 +74,8 @@ pub struct Arguments {
     /// Where SOURCE was left by a cutover, mounts the image that the disk lives on now.
     #[arg(long)]
     follow: bool,
-    /// Mounts a SOURCE that was left by a cutover all the same, out of date as it is.
+    /// Mounts a SOURCE that was left by a cutover all the same, out of date as it is; also where the record of
+    /// the last mount is damaged and SOURCE is known to be the right image.
     #[arg(long, conflicts_with = "follow")]
     force: bool,
 }

@@ -16,7 +16,7 @@ pub struct GuestTraffic {
     pub written_bytes: u64,
 }
 
-/// One volume, as `status --json` shows it (DESIGN section 5).
+/// One volume, as `status --json` shows it .
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct VolumeStatus {
     /// The volume's name.
@@ -136,7 +136,7 @@ pub trait Backend: Send + Sync + 'static {
     /// Pauses a job at the user's wish.
     ///
     /// # Errors
-    /// The verb is not allowed in the job's state (QMP.md has the words); it is paused already.
+    /// The verb is not allowed in the job's state (in QEMU's words); it is paused already.
     fn pause(&self, job_id: &str) -> Result<()>;
 
     /// Ends the user's pause, or an error's.

@@ -143,7 +143,7 @@ pub enum CopyOffer {
     Declined,
 }
 
-/// Which image it is, whatever it is called (DESIGN section 4: an inode number alone proves nothing).
+/// Which image it is, whatever it is called (an inode number alone proves nothing: ext4 gives the next file the number of a deleted one).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Identity {
     /// Random id kept in the image's xattr `user.livemirror.id`, where there are xattrs.
@@ -261,7 +261,8 @@ pub trait Image: Send + Sync + fmt::Debug {
     /// When the store does not tell.
     fn identity(&self) -> Result<Identity>;
 
-    /// Offers to copy `range` from `source` without the bytes passing through our memory.
+    /// Offers to copy `range` from `source` without the bytes passing through our memory. No image of this version does; the seam
+    /// is there for those that share a file system.
     ///
     /// # Errors
     /// As [`Image::write_at`]. An image that cannot answers [`CopyOffer::Declined`].
@@ -271,7 +272,7 @@ pub trait Image: Send + Sync + fmt::Debug {
 
     /// The caller gives up on the requests under way: the image ends them as soon as it can (a network image drops its
     /// connection). An image that cannot does nothing; its requests then end when they end, and until then their ranges stay
-    /// locked (rule 14).
+    /// locked (rule 14). Raw files and devices cannot; who waits for them gives up by [`crate::volume::target_queue::Ticket`].
     fn give_up(&self) {}
 
     /// The descriptors to park with the keeper, so that locks outlive the server. Empty where there are none.

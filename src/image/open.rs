@@ -79,7 +79,7 @@ pub(super) struct Opened {
 pub fn open(path: &Path, options: &OpenOptions) -> Result<Arc<dyn Image>> {
     let path = std::path::absolute(path).map_err(|error| Error::io("cannot open", &error).on(display(path)))?;
     let name = display(&path);
-    let failed = |error: io::Error| Error::io("cannot open", &error).on(&*name);
+    let failed = |error: io::Error| cannot_open(&name, &error);
     let path_only = match &options.descriptor {
         Some(parked) => open_path_only(&reopened(parked)),
         None => open_path_only(&path),
@@ -88,10 +88,14 @@ pub fn open(path: &Path, options: &OpenOptions) -> Result<Arc<dyn Image>> {
     let meta = path_only.metadata().map_err(failed)?;
     let device = meta.file_type().is_block_device();
     if meta.is_dir() {
-        return Err(Error::usage("an image is a file or a block device, not a directory:").on(name));
+        return Err(Error::usage("an image is a file or a block device, not a directory:")
+            .on(name)
+            .advise("name the image file in it"));
     }
     if !meta.is_file() && !device {
-        return Err(Error::usage("an image is a regular file or a block device, which this is not:").on(name));
+        return Err(Error::usage("an image is a regular file or a block device, which this is not:")
+            .on(name)
+            .advise("name an image file or a block device"));
     }
     let locked = match &options.descriptor {
         Some(parked) => {
@@ -261,6 +265,19 @@ fn reopened(descriptor: &impl AsRawFd) -> PathBuf {
 }
 
 /// Opens a name without opening what it names: no device is touched, no fifo is waited for.
+/// Names the image, and what is mostly behind such an error.
+fn cannot_open(name: &str, error: &io::Error) -> Error {
+    let advice = match error.kind() {
+        io::ErrorKind::NotFound => "check the path; is the file system that holds it mounted?",
+        io::ErrorKind::PermissionDenied => {
+            "the image must be readable and writable for this user (--read-only: readable)"
+        }
+        io::ErrorKind::ReadOnlyFilesystem => "its file system is read-only: pass --read-only, or remount it",
+        _ => "see that the image can be read and written with other programs",
+    };
+    Error::io("cannot open", error).on(name).advise(advice)
+}
+
 fn open_path_only(path: &Path) -> io::Result<File> {
     std::fs::OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path)
 }

@@ -50,7 +50,7 @@ pub(super) fn decide(path: &Path, file: &File, wanted: Option<Format>) -> Result
             let what = "the name promises raw bytes, but there is a qcow2 header in";
             Err(Error::new(ErrorKind::Usage, what)
                 .on(name)
-                .advise("pass --format raw if these bytes are the disk itself, --format qcow2 if the disk is inside"))
+                .advise("pass --format raw if these bytes are the disk itself; if the disk is inside, convert it: qemu-img convert -O raw"))
         }
         (Format::Qcow2, _) if wanted.is_some() => {
             Err(Error::new(ErrorKind::Usage, "there is no qcow2 header in").on(name).advise("pass --format raw"))

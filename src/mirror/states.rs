@@ -1,4 +1,4 @@
-//! QEMU's job life cycle: which state may follow which, and which verb is allowed where (QAPI `JobStatus`, `JobVerb`; QMP.md).
+//! QEMU's job life cycle: which state may follow which, and which verb is allowed where (QAPI `JobStatus`, `JobVerb`).
 
 use super::types::{JobStatus, JobVerb};
 use crate::error::{Error, ErrorKind, Result};

@@ -119,7 +119,7 @@ pub struct MirrorOptions {
 }
 
 impl MirrorOptions {
-    /// The defaults of DESIGN section 5 for a mirror to `target`.
+    /// The command line's defaults for a mirror to `target`.
     pub fn new(job_id: impl Into<String>, target: impl Into<String>) -> Self {
         MirrorOptions {
             job_id: job_id.into(),
@@ -269,7 +269,7 @@ pub enum ErrorAction {
     Stop,
 }
 
-/// Something that happened to a job. One QMP event each; the order is QEMU's (QMP.md).
+/// Something that happened to a job. One QMP event each; the order is QEMU's.
 #[derive(Clone, Debug, PartialEq)]
 pub enum JobEvent {
     /// JOB_STATUS_CHANGE.

@@ -1,7 +1,7 @@
 //! The target of a mirror, with a memory of what its last flush has not proven durable.
 //!
 //! A flush that failed says nothing about the writes before it, and a later one that succeeds does not heal that (Linux
-//! reports a writeback error once; HARD_PARTS 8). So every write is noted in a coarse set before it starts and again after it
+//! reports a writeback error once). So every write is noted in a coarse set before it starts and again after it
 //! returned; a flush that succeeds empties what was noted before it began; one that fails hands everything back, to be
 //! copied again.
 //!

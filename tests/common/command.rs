@@ -35,7 +35,7 @@ impl Done {
         self
     }
 
-    /// Panics unless it failed in the way that DESIGN promises: exit code 1, 2 or 3 and a first line on stderr that says
+    /// Panics unless it failed in the way that the README promises: exit code 1, 2 or 3 and a first line on stderr that says
     /// what was wrong, naming each of `names`.
     #[track_caller]
     pub fn refuses_naming(self, names: &[&str]) -> Self {

@@ -1,4 +1,4 @@
-//! A shared, writable mapping of a file: the only unsafe code of the tests.
+//! A shared, writable mapping of a file, with its unsafe code.
 
 use std::fs::File;
 use std::io;

@@ -115,6 +115,12 @@ impl MirrorArguments {
     /// It cannot start.
     pub fn start(&self, mount: &mut Mount, disk: &Disk, target: &str) -> Result<()> {
         let request = self.request(disk, target)?;
+        if let Some(job) = &disk.status.mirror {
+            let what = format!("a mirror to {} runs already:", job.target);
+            return Err(Error::new(ErrorKind::Exists, what)
+                .on(disk.status.disk.clone())
+                .advise(format!("`livemirror cancel {}` ends it", disk.status.disk)));
+        }
         mount.client.execute("livemirror-mirror", request.into()).map(drop)
     }
 

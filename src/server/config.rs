@@ -67,9 +67,6 @@ impl MountConfig {
     /// directory, the socket and the runtime record.
     pub fn mount_id(mountpoint: &std::path::Path) -> String {
         use std::os::unix::ffi::OsStrExt;
-        let bytes = mountpoint.as_os_str().as_bytes();
-        let low = crc32c::crc32c(bytes);
-        let high = crc32c::crc32c_append(low, bytes);
-        format!("{high:08x}{low:08x}")
+        format!("{:016x}", xxhash_rust::xxh3::xxh3_64(mountpoint.as_os_str().as_bytes()))
     }
 }

@@ -14,7 +14,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use nix::fcntl::{OFlag, openat, renameat};
+use nix::fcntl::{Flock, FlockArg, OFlag, openat, renameat};
 use nix::sys::stat::Mode;
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
@@ -116,23 +116,23 @@ impl Directory {
         Ok(Some(Arc::new(Directory { fd, path: path.to_owned(), faults: Faults::default() })))
     }
 
-    /// Keeps every other process from writing here, for as long as this lives. Where the file system cannot lock directories
+    /// Keeps every other process from writing here, for as long as the result lives. Where the file system cannot lock directories
     /// (NFS), nothing is kept away.
     ///
     /// # Errors
     /// `NotNow`: another process has done so.
-    pub(super) fn claim(&self) -> Result<()> {
-        let file = File::from(self.fd.try_clone().map_err(|error| self.error("cannot use", ".", &error))?);
-        match file.try_lock() {
-            Err(std::fs::TryLockError::WouldBlock) => {
+    pub(super) fn claim(&self) -> Result<Option<Flock<OwnedFd>>> {
+        let fd = self.fd.try_clone().map_err(|error| self.error("cannot use", ".", &error))?;
+        match Flock::lock(fd, FlockArg::LockExclusiveNonblock) {
+            Ok(claim) => Ok(Some(claim)),
+            Err((_, nix::Error::EWOULDBLOCK)) => {
                 let error = Error::not_now("another server uses the state directory");
                 Err(error.on(self.path.display().to_string()).advise("unmount its disks first, or see --state-dir"))
             }
-            Err(std::fs::TryLockError::Error(error)) => {
-                log::debug!("{}: {error}", self.path.display());
-                Ok(())
+            Err((_, errno)) => {
+                log::debug!("{}: {errno}", self.path.display());
+                Ok(None)
             }
-            Ok(()) => Ok(()),
         }
     }
 

@@ -8,7 +8,10 @@
 //! Whoever changes the state does so one change at a time: a prepared record contains the whole mount. A record that was
 //! prepared before another one was committed is refused, so that no change is lost by mistake.
 
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+
+use nix::fcntl::Flock;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::{Arc, Mutex};
@@ -29,6 +32,8 @@ pub struct Store {
     directory: Arc<Directory>,
     /// How many commits there were, or may have been.
     commits: Arc<Mutex<u64>>,
+    /// Keeps other servers away.
+    claim: Option<Arc<Flock<OwnedFd>>>,
 }
 
 impl Store {
@@ -37,15 +42,15 @@ impl Store {
     /// # Errors
     /// It cannot be made, belongs to somebody else, or others may write to it.
     pub fn open(directory: &Path) -> Result<Store> {
-        Ok(Store { directory: Directory::create(directory)?, commits: Arc::new(Mutex::new(0)) })
+        Ok(Store { directory: Directory::create(directory)?, commits: Arc::new(Mutex::new(0)), claim: None })
     }
 
     /// Keeps every other server from this state, for as long as this lives.
     ///
     /// # Errors
     /// `NotNow`: another server uses it.
-    pub fn claim(self) -> Result<Store> {
-        self.directory.claim()?;
+    pub fn claim(mut self) -> Result<Store> {
+        self.claim = self.directory.claim()?.map(Arc::new);
         Ok(self)
     }
 
@@ -55,7 +60,7 @@ impl Store {
     /// As [`Store::open`].
     pub fn open_existing(directory: &Path, owner: u32) -> Result<Option<Store>> {
         let directory = Directory::open(directory, owner)?;
-        Ok(directory.map(|directory| Store { directory, commits: Arc::new(Mutex::new(0)) }))
+        Ok(directory.map(|directory| Store { directory, commits: Arc::new(Mutex::new(0)), claim: None }))
     }
 
     /// The path of the record.

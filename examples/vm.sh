@@ -19,10 +19,12 @@ done
 work=$(mktemp -d)
 vm=
 mounted=
+loop=
 clean_up() {
     [[ -z $vm ]] || kill "$vm" 2>/dev/null || true
     wait
-    mountpoint -q "$work/check" && umount "$work/check"
+    ! mountpoint -q "$work/check" || umount "$work/check"
+    [[ -z $loop ]] || losetup -d "$loop"
     [[ -z $mounted ]] || "$livemirror" unmount "$work/mnt" --wait 10s || "$livemirror" unmount "$work/mnt" --abort
     rm -rf "$work"
 }
@@ -131,7 +133,7 @@ grep 'all written' "$work/guest.log" || { cat "$work/guest.log"; exit 1; }
 "$livemirror" unmount "$work/mnt"
 mounted=
 fsck.ext4 -f -n "$work/new/disk.img" >/dev/null
-mount -o ro,loop "$work/new/disk.img" "$work/check"
+loop=$(losetup --find --show --read-only "$work/new/disk.img")
+mount -o ro "$loop" "$work/check"
 (cd "$work/check" && cat sum-* | md5sum --quiet -c)
 echo "every file of the machine is on the new image: $(find "$work/check" -name 'file-*' | wc -l) files, nothing lost"
-umount "$work/check"

@@ -9,9 +9,11 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use common::aligned::Aligned;
+use common::command::long;
 use common::compare;
 use common::mounted::{Mount, Mounted};
 use common::place::Place;
+use common::random::{self, Random};
 
 const SIZE: u64 = (1 << 20) + 1_234;
 /// Both uses of the host's page cache: everything here holds for each.
@@ -217,5 +219,38 @@ fn a_size_that_changes_during_a_mirror_changes_on_both_images_or_not_at_all() ->
         assert_eq!(size(&image), expected);
         compare::assert_same_content(&image, &target);
     }
+    Ok(())
+}
+
+/// The size is settled before the target is made: a change at that very moment is on both images or on none.
+#[test]
+fn a_size_that_changes_while_a_mirror_starts_is_never_lost() -> io::Result<()> {
+    let place = Place::in_memory();
+    let (mounted, _image) = mount(&place, &["--growable"]);
+    let disk = open(&mounted.disk("disk.img"), 0);
+    let mut random = Random::new(random::seed(), 0);
+    let rounds = if long() { 200 } else { 25 };
+    let mut last = SIZE;
+    for round in 0..rounds {
+        let target = place.at(&format!("target-{round}.img"));
+        let before = mounted.active();
+        let started = std::thread::scope(|scope| {
+            let start = scope.spawn(|| mounted.verb("mirror", [&target]));
+            while !start.is_finished() {
+                let size = random.between(SIZE / 2, SIZE * 2);
+                last = if disk.set_len(size).is_ok() { size } else { last };
+            }
+            start.join().expect("mirror")
+        });
+        started.ok();
+        mounted.cutover();
+        assert_eq!(size(&mounted.disk("disk.img")), last, "round {round}");
+        assert_eq!(size(&target), last, "the image, round {round}");
+        last = random.between(SIZE / 2, SIZE * 2);
+        disk.set_len(last)?;
+        std::fs::remove_file(before)?;
+    }
+    drop(disk);
+    mounted.unmount();
     Ok(())
 }

@@ -174,7 +174,12 @@ impl Image for BlockDevice {
     fn identity(&self) -> Result<Identity> {
         let meta = self.io.file().metadata();
         let meta = meta.map_err(|error| Error::io("cannot look at", &error).on(self.name()))?;
-        Ok(Identity { id: None, device: meta.rdev(), inode: 0, birth_ns: None, size_bytes: self.size_bytes() })
+        // A loop device is another image when another file is attached to it, and the same one under another number.
+        let id = match crate::sys::files::loop_backing(self.io.file()) {
+            Ok(files::LoopBacking::File { device, inode }) => Some(format!("loop-{device:x}-{inode:x}")),
+            _ => None,
+        };
+        Ok(Identity { id, device: meta.rdev(), inode: 0, birth_ns: None, size_bytes: self.size_bytes() })
     }
 
     fn descriptors(&self) -> Vec<(DescriptorRole, BorrowedFd<'_>)> {

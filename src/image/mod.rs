@@ -146,7 +146,7 @@ pub enum CopyOffer {
 /// Which image it is, whatever it is called (an inode number alone proves nothing: ext4 gives the next file the number of a deleted one).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Identity {
-    /// Random id kept in the image's xattr `user.livemirror.id`, where there are xattrs.
+    /// Random id kept in the image's xattr `user.livemirror.id`, where there are xattrs. Of a loop device: what its file is.
     pub id: Option<String>,
     /// Device number of the file system, or of the block device itself.
     pub device: u64,

@@ -47,6 +47,11 @@ pub(super) fn run(job: &Job, live: &Live) {
             live.map.wait_for_work(None, || job.must_yield());
             continue;
         };
+        if job.frozen.load(SeqCst) {
+            // A cutover looked whether anything is claimed: before this claim, which is then given back without a look at an image.
+            job.pacer.refund(piece);
+            continue;
+        }
         if job.supervisor_idle.load(SeqCst) {
             job.notify();
         }

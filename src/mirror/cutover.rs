@@ -10,6 +10,8 @@
 //! lowered, the job goes on copying, the caller tries again. If the rename itself fails, nobody knows which record a restart
 //! would find: guests' writes then go to both images until a record is durable (rule 15).
 
+use std::cell::Cell;
+use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 
 use super::job::{Job, Live, Verdict};
@@ -129,9 +131,10 @@ impl Cutovers {
         let give_up_at = Instant::now() + patience;
         let mut rest_until = self.running.lock();
         let participants = gather(jobs)?;
-        participants.iter().try_for_each(|one| check_in_place(&**one.live.target.image()))?;
         wait_until_near(&participants, max_pause, Duration::ZERO, *rest_until, give_up_at)?;
         let flush_took = flush_beforehand(&participants)?;
+        // After the flush, which is given up on where the target hangs; this is not.
+        participants.iter().try_for_each(|one| check_in_place(&**one.live.target.image()))?;
         let switches: Vec<Switch> = participants.iter().map(Participant::switch).collect();
         let record = match ending {
             Ending::Switch => Some(self.committer.prepare(&switches)?),
@@ -144,13 +147,16 @@ impl Cutovers {
         let deadline = raised_at + max_pause;
         let barriers = raise_all(&participants, deadline)?;
         drain(&participants, deadline)?;
+        let frozen = Frozen::new(&participants);
+        let written = write_counts(&participants);
         flush_under_barrier(&participants, deadline)?;
-        refuse_if_dirty(&participants)?;
+        refuse_unless_proven(&participants, &written)?;
         let failure = match record.map(PreparedRecord::commit) {
             Some(Err(CommitFailure::NotDone(error))) => return Err(error),
             Some(Err(CommitFailure::Undecided(error))) => Some(error),
             Some(Ok(())) | None => None,
         };
+        frozen.for_good();
         if let Some(error) = failure {
             return self.settle(&participants, &switches, barriers, error, raised_at);
         }
@@ -196,8 +202,11 @@ impl Cutovers {
             else {
                 continue;
             };
-            let whole =
-                participants.iter().all(|one| one.job.volume.twin_is_whole() && one.new_image().flush().is_ok());
+            for one in participants.iter().filter(|one| one.new_image().flush().is_err()) {
+                // For good: a later flush that succeeds heals nothing.
+                one.job.volume.distrust_twin();
+            }
+            let whole = participants.iter().all(|one| one.job.volume.twin_is_whole());
             if let Err(error) = self.committer.settle(switches, whole) {
                 log::error!("the cutover is still undecided: {error}");
                 continue;
@@ -275,6 +284,15 @@ fn flush_beforehand(participants: &[Participant]) -> Result<Duration> {
     Ok(start.elapsed())
 }
 
+/// Nobody has cancelled or paused any of them.
+fn still_wanted(participants: &[Participant]) -> Result<()> {
+    let unwanted = participants.iter().find(|one| {
+        let state = one.job.state.lock();
+        state.verdict.is_some() || state.is_paused()
+    });
+    unwanted.map_or(Ok(()), |one| Err(Error::not_now(format!("the mirror of {} was stopped", one.job.volume.name()))))
+}
+
 fn wait_until_near(
     participants: &[Participant],
     max_pause: Duration,
@@ -285,6 +303,7 @@ fn wait_until_near(
     // The flush under the barrier has little left to write; the one before it is the upper bound of what it takes.
     let budget = max_pause.saturating_sub(flush_took.min(max_pause / 2)) / 2;
     loop {
+        still_wanted(participants)?;
         let predicted = participants.iter().map(Participant::predicted_drain).sum::<Duration>();
         let rested = rest_until.is_none_or(|until| until <= Instant::now());
         if predicted <= budget && rested {
@@ -337,6 +356,7 @@ fn drain(participants: &[Participant], deadline: Instant) -> Result<()> {
     for one in participants {
         one.job.wake();
         while !one.live.map.is_in_sync() {
+            still_wanted(participants)?;
             if Instant::now() >= deadline {
                 let text = format!("what remained of {} took longer than the pause", one.job.volume.name());
                 return Err(Error::not_now(text).advise("it is tried again; --max-pause allows a longer one"));
@@ -379,9 +399,46 @@ fn flush_all(participants: &[Participant], deadline: Instant, late: &str) -> Res
     Ok(())
 }
 
-/// A guest's flush of the target may have failed beside ours, which then proves nothing: what it covered is dirty again.
-fn refuse_if_dirty(participants: &[Participant]) -> Result<()> {
-    match participants.iter().find(|one| !one.live.map.is_in_sync()) {
+/// Keeps copiers from taking claims while it lives. What is marked after a switch (by a guest's flush of the target that fails late)
+/// must never be copied: the source is old by then.
+struct Frozen<'a> {
+    participants: &'a [Participant],
+    for_good: Cell<bool>,
+}
+
+impl<'a> Frozen<'a> {
+    fn new(participants: &'a [Participant]) -> Self {
+        participants.iter().for_each(|one| one.job.frozen.store(true, SeqCst));
+        Frozen { participants, for_good: Cell::new(false) }
+    }
+
+    fn for_good(&self) {
+        self.for_good.set(true);
+    }
+}
+
+impl Drop for Frozen<'_> {
+    fn drop(&mut self) {
+        if !self.for_good.get() {
+            for one in self.participants {
+                one.job.frozen.store(false, SeqCst);
+                one.job.wake();
+            }
+        }
+    }
+}
+
+fn write_counts(participants: &[Participant]) -> Vec<u64> {
+    participants.iter().map(|one| one.live.target.write_count()).collect()
+}
+
+/// A guest's flush of the target may have failed beside ours, which then proves nothing: what it covered is dirty again, or was
+/// even copied again while our flush ran. And a job that has failed or was cancelled meanwhile is not switched.
+fn refuse_unless_proven(participants: &[Participant], written: &[u64]) -> Result<()> {
+    still_wanted(participants)?;
+    let unproven =
+        |(one, before): &(&Participant, &u64)| !one.live.map.is_in_sync() || one.live.target.write_count() != **before;
+    match participants.iter().zip(written).find(unproven).map(|(one, _)| one) {
         Some(one) => Err(Error::not_now(format!("a flush of the target of {} has failed", one.job.volume.name()))),
         None => Ok(()),
     }

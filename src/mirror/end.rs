@@ -13,6 +13,9 @@ use crate::sync::{Arc, wait_until};
 /// its buffer and the target's lock until it returns (rule 14).
 const PATIENCE: Duration = Duration::from_secs(3);
 
+/// How long guests may be held while one of their writes does not return.
+const BARRIER_PATIENCE: Duration = Duration::from_secs(1);
+
 pub(super) fn conclude(job: &Arc<Job>, live: Live, verdict: Verdict) {
     let good = matches!(verdict, Verdict::Finished | Verdict::Switched { .. });
     walk_to(job, if good { JobStatus::Pending } else { JobStatus::Aborting });
@@ -21,8 +24,13 @@ pub(super) fn conclude(job: &Arc<Job>, live: Live, verdict: Verdict) {
     let hung = wait_for_threads(job);
     if !good {
         // Guests' writes stop going through this job before its images are released.
-        if let Some(raised) = job.volume.raise_barrier(None) {
-            job.volume.set_tracking(&raised, None);
+        // One that is stuck in the source must not hold all the others for ever: they go on between two attempts.
+        loop {
+            if let Some(raised) = job.volume.raise_barrier(Some(Instant::now() + BARRIER_PATIENCE)) {
+                job.volume.set_tracking(&raised, None);
+                break;
+            }
+            std::thread::sleep(BARRIER_PATIENCE);
         }
     }
     live.tracking.queue().close();

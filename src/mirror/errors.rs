@@ -75,37 +75,31 @@ impl Job {
                 state.error_event_at = Some(now);
             }
             state.last_error = Some(error.clone());
+            self.hold_copiers(&state);
         }
         if tell {
             log::warn!("job {}: {error}", self.id());
             self.events.emit(&JobEvent::Error { job_id: self.id().to_owned(), operation, action });
         }
         match action {
-            ErrorAction::Ignore => {
-                // The supervisor lets them go on when the time has come.
-                self.holding.store(true, SeqCst);
-                self.wake();
-            }
+            // Under `ignore` the supervisor lets the copiers go on when the time has come.
+            ErrorAction::Ignore | ErrorAction::Report => self.wake(),
             ErrorAction::Stop => self.show_pause(),
-            ErrorAction::Report => self.wake(),
         }
     }
 
     /// Ends a back-off whose time has come. `Some`: when to look again.
     pub(super) fn end_back_off(&self) -> Option<Instant> {
-        let (due, paused) = {
+        {
             let mut state = self.state.lock();
             match state.retry_at {
                 Some(at) if at > Instant::now() => return Some(at),
                 Some(_) => state.retry_at = None,
                 None => return None,
             }
-            (true, state.user_paused || state.error_paused)
-        };
-        if due && !paused {
-            self.holding.store(false, SeqCst);
-            self.wake();
+            self.hold_copiers(&state);
         }
+        self.wake();
         None
     }
 

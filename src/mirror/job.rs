@@ -44,6 +44,8 @@ pub struct Job {
     pub(super) stopping: AtomicBool,
     /// Copiers take no new claims: paused, or backing off after an error.
     pub(super) holding: AtomicBool,
+    /// Copiers take no new claims: a cutover is being committed, or was.
+    pub(super) frozen: AtomicBool,
     /// The supervisor sleeps until something changes; copiers wake it when guests write again.
     pub(super) supervisor_idle: AtomicBool,
 }
@@ -222,6 +224,7 @@ impl Job {
                 return Err(Error::not_now("Job is already paused"));
             }
             state.user_paused = true;
+            self.hold_copiers(&state);
         }
         self.show_pause();
         Ok(())
@@ -244,28 +247,37 @@ impl Job {
             state.retry_at = None;
             state.failures = 0;
             self.counters.resumes.fetch_add(1, SeqCst);
+            self.hold_copiers(&state);
         }
         self.show_pause();
         Ok(())
     }
 
-    /// Brings status and copiers in line with the pause flags.
+    /// Copiers hold while the job is paused or backs off. Called with the state's lock, by whoever changed what it looks at.
+    pub(super) fn hold_copiers(&self, state: &State) {
+        self.holding.store(state.is_paused() || state.retry_at.is_some(), SeqCst);
+    }
+
+    /// Brings the status in line with the pause flags.
     pub(super) fn show_pause(&self) {
-        let (paused, status) = {
-            let state = self.state.lock();
-            if state.verdict.is_some() {
-                return;
-            }
-            (state.is_paused(), state.status)
-        };
-        self.holding.store(paused, SeqCst);
-        match (paused, status) {
-            (true, JobStatus::Running) => self.transition_from(status, JobStatus::Paused),
-            (true, JobStatus::Ready) => self.transition_from(status, JobStatus::Standby),
-            (false, JobStatus::Paused) => self.transition_from(status, JobStatus::Running),
-            (false, JobStatus::Standby) => self.transition_from(status, JobStatus::Ready),
-            _ => true,
-        };
+        loop {
+            let (paused, status) = {
+                let state = self.state.lock();
+                if state.verdict.is_some() {
+                    break;
+                }
+                (state.is_paused(), state.status)
+            };
+            let next = match (paused, status) {
+                (true, JobStatus::Running) => JobStatus::Paused,
+                (true, JobStatus::Ready) => JobStatus::Standby,
+                (false, JobStatus::Paused) => JobStatus::Running,
+                (false, JobStatus::Standby) => JobStatus::Ready,
+                _ => break,
+            };
+            // And look again: another verb may have come in between.
+            self.transition_from(status, next);
+        }
         self.wake();
     }
 
@@ -381,7 +393,7 @@ impl Job {
 
     /// True if copiers must not take another claim now.
     pub(super) fn must_yield(&self) -> bool {
-        self.stopping.load(SeqCst) || self.holding.load(SeqCst)
+        self.stopping.load(SeqCst) || self.holding.load(SeqCst) || self.frozen.load(SeqCst)
     }
 
     /// Waits until copiers may claim. False: the job ends.
@@ -394,7 +406,7 @@ impl Job {
             if self.stopping.load(SeqCst) {
                 return false;
             }
-            if !self.holding.load(SeqCst) {
+            if !self.must_yield() {
                 return true;
             }
             self.changed.wait(&mut state);

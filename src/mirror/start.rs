@@ -1,7 +1,7 @@
 //! The start of a job: tracking on, under the barrier, before anything looks at the source (rule 4).
 
 use std::sync::atomic::AtomicBool;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::cutover::Cutovers;
 use super::events::EventHub;
@@ -20,6 +20,9 @@ use crate::volume::tracking::Tracking;
 
 /// How long a guest's write waits for the target at most.
 pub const MAX_GUEST_DELAY: Duration = Duration::from_secs(2);
+
+/// How long the start of a mirror waits for guest writes that are under way, while new ones wait for it.
+const BARRIER_PATIENCE: Duration = Duration::from_secs(2);
 
 /// What a job needs besides its options.
 pub struct Setting {
@@ -92,14 +95,19 @@ pub fn start(options: MirrorOptions, setting: Setting, register: impl FnOnce(&Ar
         live: Mutex::new(None),
         stopping: AtomicBool::new(false),
         holding: AtomicBool::new(false),
+        frozen: AtomicBool::new(false),
         supervisor_idle: AtomicBool::new(false),
         options,
     });
     let tracking = Tracking::new(map.clone(), target.clone(), job.clone(), MAX_GUEST_DELAY);
     tracking.set_synchronous(synchronous);
     let raised = volume
-        .raise_barrier(None)
+        .raise_barrier(Some(Instant::now() + BARRIER_PATIENCE))
         .ok_or_else(|| Error::not_now("guest requests under way do not end:").on(volume.name()))?;
+    if volume.size_bytes() != size_bytes {
+        // A guest grew or shrank it just now; the map and the target have the old size.
+        return Err(Error::not_now("the disk's size has just changed, try again:").on(volume.name()));
+    }
     if volume.tracking().is_some() {
         return Err(Error::new(ErrorKind::Exists, "the disk is being mirrored already:").on(volume.name()));
     }

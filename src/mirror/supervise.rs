@@ -20,7 +20,7 @@ const QUIET: Duration = Duration::from_secs(2);
 const STALL_REST: Duration = Duration::from_secs(10);
 
 /// How long guests may be held to look whether both images are equal.
-const MOMENT: Duration = Duration::from_millis(20);
+const MOMENT: Duration = Duration::from_millis(50);
 
 /// What `auto` remembers between two looks.
 #[derive(Debug)]
@@ -46,7 +46,8 @@ pub(super) fn run(job: &Arc<Job>, live: Live) {
     }
     supervise(job, &live);
     // A cutover under way on another thread ends first: its verdict replaces the one that was seen.
-    let _no_cutover = job.cutovers.exclusive();
+    // None begins after it: a job with a verdict takes part in no cutover.
+    drop(job.cutovers.exclusive());
     if let Some(verdict) = job.verdict() {
         end::conclude(job, live, verdict);
     }
@@ -99,7 +100,7 @@ fn becomes_ready(job: &Job, live: &Live, flush: &mut Option<Ticket>) -> bool {
         }
     }
     if flush.is_none() {
-        if !live.map.is_in_sync() && !is_in_sync_for_a_moment(job, live) {
+        if !is_in_sync_for_a_moment(job, live) {
             return false;
         }
         *flush = live.tracking.queue().submit_flush();
@@ -117,17 +118,20 @@ fn becomes_ready(job: &Job, live: &Live, flush: &mut Option<Ticket>) -> bool {
         return true;
     }
     job.events.emit(&JobEvent::Ready(job.progress()));
+    // A pause that came in between.
+    job.show_pause();
     true
 }
 
-/// Under steady synchronous writes something is always in flight, though nothing is dirty: a short barrier makes the moment
-/// in which both images are seen to be equal. What a guest gave up on stays in flight and is not waited for.
+/// A short barrier makes the moment in which both images are seen to be equal: outside of it a guest's write may be on the
+/// source and not marked yet, and under steady synchronous writes something is always in flight. What a guest gave up on stays in
+/// flight and is not waited for.
 fn is_in_sync_for_a_moment(job: &Job, live: &Live) -> bool {
-    if !live.tracking.is_synchronous() || live.map.dirty_granules() > 0 {
+    if live.map.dirty_granules() > 0 || (!live.tracking.is_synchronous() && !live.map.is_in_sync()) {
         return false;
     }
-    let _raised = job.volume.raise_barrier(Some(Instant::now() + MOMENT));
-    live.map.is_in_sync()
+    let raised = job.volume.raise_barrier(Some(Instant::now() + MOMENT));
+    raised.is_some() && live.map.is_in_sync()
 }
 
 /// Acts on what the user wants. True: something was done, look again.

@@ -21,6 +21,9 @@ use crate::mirror::{self, Setting};
 use crate::sync::{Arc, Mutex};
 use crate::volume::Volume;
 
+/// So often a mirror is started again because a guest changed the disk's size at the same moment.
+const SIZE_RACES_MAX: usize = 20;
+
 /// One mount.
 pub(super) struct Server {
     pub(super) config: MountConfig,
@@ -134,10 +137,11 @@ impl Server {
     pub(super) fn end_jobs(&self) {
         let jobs = self.jobs.list.lock().clone();
         for job in jobs.iter().filter(|job| !has_ended(job.status())) {
-            let ready = job.status() == JobStatus::Ready;
-            let mode = if ready { CancelMode::Soft } else { CancelMode::Force };
+            // What was a copy once is kept, also where a pause keeps it from being brought up to date.
+            let keep = job.info().ready;
+            let mode = if job.status() == JobStatus::Ready { CancelMode::Soft } else { CancelMode::Force };
             log::info!("job {}: ends with the mount", job.id());
-            if job.cancel(mode, false).is_ok() && !job.wait_ended(Some(Instant::now() + super::departure::JOB_PATIENCE))
+            if job.cancel(mode, keep).is_ok() && !job.wait_ended(Some(Instant::now() + super::departure::JOB_PATIENCE))
             {
                 // A ready job whose target does not answer any more.
                 let _ = job.cancel(CancelMode::Force, true);
@@ -150,6 +154,29 @@ impl Server {
         for volume in &self.volumes {
             if let Err(error) = volume.flush() {
                 log::error!("{error}");
+            }
+        }
+    }
+
+    fn start_job(&self, volume: &Arc<Volume>, options: &MirrorOptions) -> Result<()> {
+        let target = target::prepare(volume, &self.volumes, options, &self.config)?;
+        self.ledger.tell_apart(&*target.image, &*volume.active());
+        let setting = Setting {
+            volume: volume.clone(),
+            target: target.image.clone(),
+            created_target: target.created,
+            events: self.events.clone(),
+            cutovers: self.cutovers.clone(),
+            observer: self.jobs.clone(),
+        };
+        let registered = |job: &Arc<Job>| self.jobs.list.lock().insert(0, job.clone());
+        let recorded = self.ledger.mirror_starts(volume.name(), &options.target);
+        match recorded.and_then(|()| mirror::start(options.clone(), setting, registered)) {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                self.ledger.mirror_did_not_start(volume.name());
+                target::discard(&target);
+                Err(error)
             }
         }
     }
@@ -169,6 +196,12 @@ impl Server {
         }
         Ok(reports)
     }
+}
+
+/// The target's path as the image will be called: one image, one name.
+fn with_plain_target(options: MirrorOptions) -> MirrorOptions {
+    let plain = std::path::absolute(&options.target).ok().and_then(|path| path.into_os_string().into_string().ok());
+    MirrorOptions { target: plain.unwrap_or_else(|| options.target.clone()), ..options }
 }
 
 fn has_ended(status: JobStatus) -> bool {
@@ -195,6 +228,7 @@ impl Backend for Server {
 
     fn start_mirror(&self, device: &str, options: MirrorOptions) -> Result<()> {
         let _one = self.starting.lock();
+        let options = with_plain_target(options);
         let volume = self.volume(device)?;
         if volume.is_read_only() {
             return Err(Error::usage("a read-only mount cannot be cut over, so it is not mirrored:").on(volume.name()));
@@ -207,25 +241,14 @@ impl Backend for Server {
             let text = format!("Need a root block node: {} is being mirrored by job {}", volume.name(), job.id());
             return Err(Error::new(ErrorKind::Exists, text).advise("'livemirror cancel' ends it"));
         }
-        let target = target::prepare(volume, &self.volumes, &options, &self.config)?;
-        let setting = Setting {
-            volume: volume.clone(),
-            target: target.image.clone(),
-            created_target: target.created,
-            events: self.events.clone(),
-            cutovers: self.cutovers.clone(),
-            observer: self.jobs.clone(),
-        };
-        let registered = |job: &Arc<Job>| self.jobs.list.lock().insert(0, job.clone());
-        let recorded = self.ledger.mirror_starts(volume.name(), &options.target);
-        match recorded.and_then(|()| mirror::start(options, setting, registered)) {
-            Ok(_) => Ok(()),
-            Err(error) => {
-                self.ledger.mirror_did_not_start(volume.name());
-                target::discard(&target);
-                Err(error)
+        // A guest of a growable disk may change its size between the making of the target and the start of the tracking.
+        for _ in 0..SIZE_RACES_MAX {
+            match self.start_job(volume, &options) {
+                Err(error) if error.kind() == ErrorKind::NotNow => log::info!("{error}"),
+                other => return other,
             }
         }
+        self.start_job(volume, &options)
     }
 
     fn plan_mirror(&self, device: &str, options: MirrorOptions) -> Result<MirrorPlan> {

@@ -129,8 +129,8 @@ impl Ledger {
     }
 
     /// The record with `switches` made. Generations rise above every mark that the new images carry.
-    fn with(&self, switches: &[Switch]) -> Result<MountState> {
-        let mut next = self.state.lock().clone();
+    fn with(&self, state: &MountState, switches: &[Switch]) -> Result<MountState> {
+        let mut next = state.clone();
         for switch in switches {
             let identity = switch.new.identity()?;
             let mark = match locked_descriptor(&*switch.new) {
@@ -161,8 +161,11 @@ impl Committer for LedgerCommitter {
             // Parked before the record can name it: a server that dies right after the rename finds it.
             ledger.park(&*switch.new);
         }
-        let next = ledger.with(switches)?;
+        // Under the lock: a change of the record after the copy was taken is noticed by the commit.
+        let state = ledger.state.lock();
+        let next = ledger.with(&state, switches)?;
         let prepared = ledger.store.prepare(&next)?;
+        drop(state);
         Ok(Box::new(LedgerRecord { ledger: ledger.clone(), prepared, next }))
     }
 
@@ -175,9 +178,10 @@ impl Committer for LedgerCommitter {
     }
 
     fn settle(&self, switches: &[Switch], made: bool) -> Result<()> {
-        let next = if made { self.0.with(switches)? } else { self.0.state.lock().clone() };
+        let mut state = self.0.state.lock();
+        let next = if made { self.0.with(&state, switches)? } else { state.clone() };
         self.0.store.save(&next).map_err(Error::from)?;
-        *self.0.state.lock() = next;
+        *state = next;
         Ok(())
     }
 
@@ -204,12 +208,44 @@ impl Ledger {
             successor_identity: volume.active_identity,
             when: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
         };
-        if let Some(descriptor) = locked_descriptor(&*switch.new) {
-            self.marks.clear(descriptor, &switch.new.identity()?)?;
-        }
-        match locked_descriptor(&*switch.old) {
+        let cleared = self.clear_mark(&*switch.new);
+        let marked = match locked_descriptor(&*switch.old) {
             Some(descriptor) => self.marks.supersede(descriptor, &switch.old.identity()?, &mark),
             None => Ok(()),
+        };
+        // Both are tried, whatever becomes of the first.
+        cleared.and(marked)
+    }
+
+    /// A target that was made by copying the source with its attributes has the source's id; it gets one of its own.
+    pub(super) fn tell_apart(&self, target: &dyn Image, source: &dyn Image) {
+        let id = |image: &dyn Image| image.identity().ok().and_then(|identity| identity.id);
+        let (Some(descriptor), Some(same)) = (locked_descriptor(target), id(target)) else { return };
+        if id(source) == Some(same) {
+            if let Err(error) = self.marks.renew_id(descriptor) {
+                log::warn!("{error}");
+            }
+        }
+    }
+
+    /// An image that is active has no mark.
+    pub(super) fn clear_mark(&self, image: &dyn Image) -> Result<()> {
+        match locked_descriptor(image) {
+            Some(descriptor) => self.marks.clear(descriptor, &image.identity()?),
+            None => Ok(()),
+        }
+    }
+
+    /// Makes the marks say what the record says: a crash may have come between a cutover's rename and its marks. Called once the
+    /// disks are served; what fails is logged, since the record decides.
+    pub(super) fn renew_marks(&self, volume: &Volume) {
+        let Some(known) = self.volume(volume.name()) else { return };
+        let mut results = vec![self.clear_mark(&*volume.active())];
+        if let Some(former) = known.superseded.last() {
+            results.push(super::opening::mark_former(former, &known, &self.marks));
+        }
+        for error in results.into_iter().filter_map(Result::err) {
+            log::warn!("{error}");
         }
     }
 }

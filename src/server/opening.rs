@@ -84,9 +84,33 @@ pub(super) fn open_again(config: &MountConfig, state: &VolumeState, parked: Opti
         role: Role::Source,
         descriptor: parked,
     };
+    let image = open(Path::new(&state.active), &options)?;
+    if !is_same(&image.identity()?, &state.active_identity) {
+        let what = "what lies there now is not the image that the disk was on:";
+        return Err(Error::new(ErrorKind::Corrupt, what).on(&*state.active).advise("put the right image there"));
+    }
     let mut state = state.clone();
     state.mirror_died();
-    Ok(OpenedVolume { image: open(Path::new(&state.active), &options)?, state })
+    Ok(OpenedVolume { image, state })
+}
+
+/// Marks an image that a volume has left, if it is still at its path and no newer mark says more.
+pub(super) fn mark_former(former: &FormerImage, volume: &VolumeState, marks: &Marks) -> Result<()> {
+    let Some((identity, mark)) = mark_of(Path::new(&former.path), marks) else { return Ok(()) };
+    if !is_same(&identity, &former.identity) || mark.is_some_and(|mark| mark.generation >= former.generation) {
+        return Ok(());
+    }
+    let options =
+        OpenOptions { role: Role::Observer, format: Some(crate::image::Format::Raw), ..OpenOptions::default() };
+    let image = open(Path::new(&former.path), &options)?;
+    let mark = Mark {
+        volume: volume.id.clone(),
+        generation: former.generation,
+        successor: volume.active.clone(),
+        successor_identity: volume.active_identity.clone(),
+        when: "a cutover that a crash cut short".to_owned(),
+    };
+    locked_descriptor(&*image).map_or(Ok(()), |descriptor| marks.supersede(descriptor, &identity, &mark))
 }
 
 fn superseded(path: &Path, mark: &Mark) -> Error {
@@ -104,6 +128,9 @@ fn newest_mark(image: &dyn Image, recorded: Option<&MountState>, marks: &Marks) 
         Some(descriptor) => marks.read_mark(descriptor, &identity)?,
         None => None,
     };
+    // An image that the record knows to be active since is not superseded: a crash kept its mark from being removed.
+    let active = recorded.and_then(|state| state.volumes.iter().find(|one| is_same(&one.active_identity, &identity)));
+    let own = own.filter(|mark: &Mark| active.is_none_or(|active| mark.generation >= active.generation));
     let from_record =
         recorded.and_then(|state| state.volumes.iter().find_map(|volume| recorded_mark(volume, &identity)));
     // Of two that say the same, the image's own knows when.
@@ -114,7 +141,7 @@ fn recorded_mark(volume: &VolumeState, identity: &Identity) -> Option<Mark> {
     let left = volume.superseded.iter().find(|former| is_same(&former.identity, identity))?;
     Some(Mark {
         volume: volume.id.clone(),
-        generation: left.generation + 1,
+        generation: left.generation,
         successor: volume.active.clone(),
         successor_identity: volume.active_identity.clone(),
         when: "the last mount there".to_owned(),
@@ -171,8 +198,8 @@ fn settle_on(
 ) -> Result<OpenedVolume> {
     if !config.read_only {
         if let Some(descriptor) = locked_descriptor(&*image) {
+            // Its mark, if it has one, goes only when the disk is served.
             marks.ensure_id(descriptor.as_fd())?;
-            marks.clear(descriptor.as_fd(), &image.identity()?)?;
         }
     }
     let identity = image.identity()?;

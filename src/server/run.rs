@@ -161,6 +161,9 @@ fn run(link: &Arc<KeeperLink>, config: &MountConfig, ledger: Arc<Ledger>, volume
     link.watch();
     link.serving(&server.disks())?;
     log::info!("serving {}", config.mountpoint.display());
+    if !config.read_only {
+        volumes.iter().for_each(|volume| server.ledger.renew_marks(volume));
+    }
 
     let ended = session.wait();
     if ended.is_ok() {

@@ -41,6 +41,12 @@ pub(super) fn check(volumes: &[Arc<Volume>], state_dir: &Path, options: &MirrorO
     refuse_on_own_disk(state_dir)?;
     for volume in volumes {
         refuse_same(&*volume.active(), path)?;
+        if volume.active().name() == options.target {
+            // Moved away under us: what is at the path now is another file, but one name for two images is one too few.
+            return Err(Error::usage("the disk's image was opened by this path:")
+                .on(&*options.target)
+                .advise("name another file"));
+        }
     }
     match std::fs::metadata(path) {
         Ok(meta) if meta.is_dir() => {

@@ -69,9 +69,17 @@ impl Marks {
     /// # Errors
     /// Reading or writing fails for another reason.
     pub fn ensure_id(&self, image: BorrowedFd<'_>) -> Result<Option<String>> {
-        if let Some(id) = self.id(image)? {
-            return Ok(Some(id));
+        match self.id(image)? {
+            Some(id) => Ok(Some(id)),
+            None => self.renew_id(image),
         }
+    }
+
+    /// Gives the image a new random id; `None` where there are no xattrs or none can be written.
+    ///
+    /// # Errors
+    /// Writing fails for another reason.
+    pub fn renew_id(&self, image: BorrowedFd<'_>) -> Result<Option<String>> {
         let id = random_id()?;
         match xattr::set_deref(by_descriptor(image), ID, id.as_bytes()) {
             Ok(()) => Ok(Some(id)),
@@ -174,6 +182,9 @@ fn file_name(image: BorrowedFd<'_>, identity: &Identity) -> String {
     let size = identity.size_bytes;
     if identity.inode == 0 {
         // Long names are cut at their beginning; the size goes first so that it is never lost.
+        if let Some(id) = identity.id.as_deref().filter(|id| id.starts_with("loop-")) {
+            return format!("device-{size}-{id}");
+        }
         let device = name_of(image).replace('%', "%25").replace('/', "%2F");
         let tail_start = (device.len().saturating_sub(180)..).find(|&at| device.is_char_boundary(at)).unwrap_or(0);
         return format!("device-{size}-{}", &device[tail_start..]);

@@ -3,6 +3,7 @@
 
 use std::io::Read;
 use std::path::PathBuf;
+use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
@@ -62,7 +63,7 @@ pub struct FormerImage {
     pub path: String,
     /// Which image it was.
     pub identity: Identity,
-    /// The volume's generation when it was left.
+    /// The volume's generation since it was left; its mark has the same.
     pub generation: u64,
 }
 
@@ -96,15 +97,15 @@ impl VolumeState {
 
     /// What a cutover writes down: `active` is the image from now on, the one before is superseded, the generation is raised.
     pub fn cut_over(&mut self, active: String, identity: Identity, format: Format) {
+        // Seconds since the epoch where that is more: an image may be cut over from several mounts, whose records do not know each
+        // other, and the latest cutover must win.
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let generation = now.max(self.generation + 1);
         let path = std::mem::replace(&mut self.active, active);
-        let former = FormerImage {
-            path,
-            identity: std::mem::replace(&mut self.active_identity, identity),
-            generation: self.generation,
-        };
+        let former = FormerImage { path, identity: std::mem::replace(&mut self.active_identity, identity), generation };
         self.format = format;
         self.mirror_target = None;
-        self.generation += 1;
+        self.generation = generation;
         // An image that becomes active again is no longer a former one.
         self.superseded.retain(|other| other.path != self.active && other.path != former.path);
         self.superseded.push(former);

@@ -13,13 +13,23 @@ impl Volume {
     /// # Errors
     /// The active image's.
     pub fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<usize> {
-        let range = ByteRange::new(offset, buffer.len() as u64).intersect(ByteRange::new(0, self.size_bytes()));
-        let len = range.len() as usize;
-        if len > 0 {
-            self.active.load().0.read_at(offset, &mut buffer[..len])?;
-            self.read_bytes.fetch_add(len as u64, Relaxed);
+        loop {
+            let size = self.size_bytes();
+            let range = ByteRange::new(offset, buffer.len() as u64).intersect(ByteRange::new(0, size));
+            let len = range.len() as usize;
+            if len == 0 {
+                return Ok(0);
+            }
+            match self.active.load().0.read_at(offset, &mut buffer[..len]) {
+                Ok(()) => {
+                    self.read_bytes.fetch_add(len as u64, Relaxed);
+                    return Ok(len);
+                }
+                // Shortened meanwhile: the new end decides.
+                Err(_) if self.size_bytes() < size => (),
+                Err(error) => return Err(error),
+            }
         }
-        Ok(len)
     }
 
     /// Writes `data`; returns how many bytes were written: fewer only at the end of a disk that does not grow. `durable`: as
@@ -98,9 +108,12 @@ impl Volume {
         let _raised = self.barrier.raise(None);
         let _resizing = self.resizing.lock();
         self.refuse_resize(ErrorKind::NotNow)?;
-        self.active.load().0.resize(size_bytes)?;
-        self.size_bytes.store(size_bytes, Relaxed);
-        Ok(())
+        let before = self.size_bytes();
+        // A shorter disk is shown before it is one, a longer one after: no read is sent past the image's end.
+        self.size_bytes.store(size_bytes.min(before), Relaxed);
+        let resized = self.active.load().0.resize(size_bytes);
+        self.size_bytes.store(if resized.is_ok() { size_bytes } else { before }, Relaxed);
+        resized
     }
 
     /// Makes acknowledged writes durable: in the active image, and in write-blocking mode in the target too (rule 7).

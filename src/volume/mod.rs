@@ -83,6 +83,8 @@ struct ActiveImage(Arc<dyn Image>);
 struct Twin {
     image: Arc<dyn Image>,
     failed: AtomicBool,
+    /// Held over both writes of a change, so that both images get overlapping ones in one order.
+    order: Mutex<()>,
 }
 
 /// One change of a disk, as guests make it.
@@ -212,12 +214,19 @@ impl Volume {
     /// Sends every further change to `twin` too, until [`Volume::switch`] or [`Volume::separate`]: nobody knows yet which of
     /// the two a restart would choose (rule 15).
     pub fn join(&self, _barrier: &Raised<'_>, twin: Arc<dyn Image>) {
-        self.twin.store(Some(Arc::new(Twin { image: twin, failed: AtomicBool::new(false) })));
+        self.twin.store(Some(Arc::new(Twin { image: twin, failed: AtomicBool::new(false), order: Mutex::new(()) })));
     }
 
     /// Ends [`Volume::join`].
     pub fn separate(&self, _barrier: &Raised<'_>) {
         self.twin.store(None);
+    }
+
+    /// The joined twin cannot be trusted: a flush of it failed.
+    pub fn distrust_twin(&self) {
+        if let Some(twin) = &*self.twin.load() {
+            twin.failed.store(true, Relaxed);
+        }
     }
 
     /// True unless a change failed on the joined twin.
@@ -228,11 +237,13 @@ impl Volume {
     /// The one way of everything that may change the active image. The caller is inside the barrier.
     fn modify(&self, change: Change<'_>) -> Result<()> {
         let active = self.active.load();
+        let twin = self.twin.load();
+        let _order = twin.as_ref().map(|twin| twin.order.lock());
         let result = match &*self.tracking.load() {
             None => change.apply(&*active.0),
             Some(tracking) => tracking.guest_change(&*active.0, change),
         };
-        if let Some(twin) = &*self.twin.load() {
+        if let Some(twin) = &*twin {
             if let Err(error) = change.apply(&*twin.image) {
                 twin.failed.store(true, Relaxed);
                 log::error!("{}: {error} while the cutover is undecided", self.name());

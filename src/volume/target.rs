@@ -15,6 +15,7 @@ use crate::dirty::DirtyMap;
 use crate::error::Result;
 use crate::image::Image;
 use crate::range::{ByteRange, Granularity, Granule};
+use crate::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use crate::sync::{Arc, Mutex, RwLock};
 
 /// The coarse unit of the memory: 1 MiB up to 1 TiB, so that the sets stay small; 64 MiB at most.
@@ -30,6 +31,8 @@ pub struct Target {
     /// What the dirty map covers; a larger target is written up to here only.
     size_bytes: u64,
     unproven: RwLock<Unproven>,
+    /// How many changes were begun.
+    writes: AtomicU64,
     /// One flush at a time.
     flushing: Mutex<()>,
 }
@@ -45,7 +48,7 @@ impl Target {
     pub fn new(image: Arc<dyn Image>, size_bytes: u64) -> Self {
         let set = || DirtyMap::new(size_bytes, region_size(size_bytes));
         let unproven = RwLock::new(Unproven { current: set(), flushing: set() });
-        Target { image, size_bytes, unproven, flushing: Mutex::new(()) }
+        Target { image, size_bytes, unproven, writes: AtomicU64::new(0), flushing: Mutex::new(()) }
     }
 
     /// The image itself, for everything but writing.
@@ -58,6 +61,11 @@ impl Target {
         self.size_bytes
     }
 
+    /// How many changes were begun so far: the same number before and after a flush means that it covered them all.
+    pub fn write_count(&self) -> u64 {
+        self.writes.load(SeqCst)
+    }
+
     fn note(&self, range: ByteRange) {
         self.unproven.read().current.mark(range);
     }
@@ -67,6 +75,7 @@ impl Target {
     /// # Errors
     /// The image's; what the range holds is then unknown.
     pub fn apply(&self, change: Change<'_>) -> Result<()> {
+        self.writes.fetch_add(1, SeqCst);
         self.note(change.range());
         let result = change.apply(&*self.image);
         self.note(change.range());

@@ -163,7 +163,12 @@ impl Tracking {
     /// The source's.
     pub fn guest_flush(&self, source: &dyn Image) -> Result<()> {
         let deadline = Instant::now() + self.max_guest_delay;
-        let ticket = if self.is_synchronous() { self.queue.submit_flush() } else { None };
+        let synchronous = self.is_synchronous();
+        let ticket = if synchronous { self.queue.submit_flush() } else { None };
+        if synchronous && ticket.is_none() {
+            // The target is so far behind that it takes no more: this flush is not its either.
+            self.fall_back();
+        }
         let result = source.flush();
         if let Some(ticket) = ticket {
             match ticket.wait(Some(deadline)) {

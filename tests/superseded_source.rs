@@ -96,6 +96,9 @@ fn force_mounts_the_old_one_all_the_same() {
         assert_eq!(mounted.active(), a);
         compare::assert_same_content(&mounted.first_disk(), &a);
         mounted.unmount();
+        let mounted = Mount::of(&place, [&a]).named("again").start();
+        assert_eq!(mounted.active(), a, "an image that was mounted by force is the disk again");
+        mounted.unmount();
     }
 }
 

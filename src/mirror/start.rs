@@ -54,6 +54,9 @@ pub fn default_granularity(target: &dyn Image) -> Granularity {
 pub fn start(options: MirrorOptions, setting: Setting, register: impl FnOnce(&Arc<Job>)) -> Result<Arc<Job>> {
     let Setting { volume, target, created_target, events, cutovers, observer } = setting;
     let size_bytes = volume.size_bytes();
+    if created_target && target.size_bytes() != size_bytes {
+        return Err(Error::not_now("the disk's size has just changed, try again:").on(volume.name()));
+    }
     if target.size_bytes() < size_bytes {
         let text = format!("the target is too small: {} bytes where the disk has {size_bytes}:", target.size_bytes());
         return Err(Error::new(ErrorKind::Failed, text).on(target.name()));

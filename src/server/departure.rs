@@ -18,6 +18,9 @@ pub(super) const JOB_PATIENCE: Duration = Duration::from_secs(10);
 /// How often a mount that was told to end is tried again while it is in use. The kernel tells nobody that it is free.
 const RETRY_EVERY: Duration = Duration::from_secs(1);
 
+/// How long to wait for a mount that is busy without a holder, and how often.
+const BUSY_MOMENT: Duration = Duration::from_millis(50);
+const BUSY_MOMENTS: usize = 10;
 /// How long an aborted session may take to end.
 const ABORT_PATIENCE: Duration = Duration::from_secs(3);
 
@@ -67,7 +70,7 @@ impl Departure {
     /// `NotNow`: the disks are in use; the message names who uses them.
     pub(super) fn unmount(&self, server: &Server, abort: bool) -> Result<()> {
         server.flush_all();
-        match self.link.request_unmount(abort) {
+        match self.request(&server.config.mountpoint, abort) {
             Ok(()) if abort => {
                 leave_soon(server);
                 Ok(())
@@ -85,6 +88,20 @@ impl Departure {
             }
             other => other,
         }
+    }
+
+    /// A mount that is busy while nobody is seen to hold it is so for a moment only: somebody looks at a process's descriptors,
+    /// or a program that has just ended is being taken apart.
+    fn request(&self, mountpoint: &Path, abort: bool) -> Result<()> {
+        for _ in 0..BUSY_MOMENTS {
+            match self.link.request_unmount(abort) {
+                Err(error) if error.kind() == ErrorKind::NotNow && self.holders(mountpoint).is_empty() => {
+                    std::thread::sleep(BUSY_MOMENT);
+                }
+                other => return other,
+            }
+        }
+        self.link.request_unmount(abort)
     }
 
     /// Who keeps the mount busy.

@@ -21,9 +21,6 @@ use crate::mirror::{self, Setting};
 use crate::sync::{Arc, Mutex};
 use crate::volume::Volume;
 
-/// So often a mirror is started again because a guest changed the disk's size at the same moment.
-const SIZE_RACES_MAX: usize = 20;
-
 /// One mount.
 pub(super) struct Server {
     pub(super) config: MountConfig,
@@ -241,13 +238,8 @@ impl Backend for Server {
             let text = format!("Need a root block node: {} is being mirrored by job {}", volume.name(), job.id());
             return Err(Error::new(ErrorKind::Exists, text).advise("'livemirror cancel' ends it"));
         }
-        // A guest of a growable disk may change its size between the making of the target and the start of the tracking.
-        for _ in 0..SIZE_RACES_MAX {
-            match self.start_job(volume, &options) {
-                Err(error) if error.kind() == ErrorKind::NotNow => log::info!("{error}"),
-                other => return other,
-            }
-        }
+        // Else a guest could change the size between the making of the target and the start of the tracking.
+        let _pinned = volume.pin_size();
         self.start_job(volume, &options)
     }
 

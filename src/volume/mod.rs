@@ -47,6 +47,17 @@ pub struct VolumeOptions {
     pub shown: ShownAttributes,
 }
 
+/// Keeps a disk's size as it is while it lives; guests that would change it are refused, as they are during the mirror.
+#[must_use]
+#[derive(Debug)]
+pub struct PinnedSize<'a>(&'a Volume);
+
+impl Drop for PinnedSize<'_> {
+    fn drop(&mut self) {
+        self.0.size_pinned.store(false, Relaxed);
+    }
+}
+
 /// A live disk. See the module for the rules.
 #[derive(Debug)]
 pub struct Volume {
@@ -59,6 +70,8 @@ pub struct Volume {
     size_bytes: AtomicU64,
     /// Held while the size changes.
     resizing: Mutex<()>,
+    /// A mirror is being started: the size it starts from must stay.
+    size_pinned: AtomicBool,
     shown: Mutex<ShownAttributes>,
     shown_changed: OnceLock<ShownListener>,
     read_bytes: AtomicU64,
@@ -134,6 +147,7 @@ impl Volume {
         Volume {
             size_bytes: AtomicU64::new(image.size_bytes()),
             shown: Mutex::new(options.shown),
+            size_pinned: AtomicBool::new(false),
             shown_changed: OnceLock::new(),
             options,
             active: ArcSwap::from_pointee(ActiveImage(image)),
@@ -166,6 +180,14 @@ impl Volume {
     /// The disk's size in bytes.
     pub fn size_bytes(&self) -> u64 {
         self.size_bytes.load(Relaxed)
+    }
+
+    /// Keeps the size as it is until the result is dropped. One at a time.
+    pub fn pin_size(&self) -> PinnedSize<'_> {
+        // Under the lock that every change of the size holds from its look to its end.
+        let _resizing = self.resizing.lock();
+        self.size_pinned.store(true, Relaxed);
+        PinnedSize(self)
     }
 
     /// True if no guest may write.

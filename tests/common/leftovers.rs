@@ -84,13 +84,16 @@ pub fn loops_of(dir: &Path) -> Vec<String> {
     backed.collect()
 }
 
-/// Byte-range locks that anybody holds on `file`, as /proc/locks shows them.
+/// Byte-range locks that anybody holds on `file`, as /proc/locks shows them, each once: while locks elsewhere come and go, the
+/// list may name one twice under two numbers.
 pub fn locks_on(file: &Path) -> Vec<String> {
     let data = fs::metadata(file).expect("stat");
     let dev = data.dev();
     let id = format!("{:02x}:{:02x}:{}", nix::sys::stat::major(dev), nix::sys::stat::minor(dev), data.ino());
     let locks = fs::read_to_string("/proc/locks").expect("/proc/locks");
-    locks.lines().filter(|line| line.split_whitespace().any(|word| word == id)).map(str::to_owned).collect()
+    let held = locks.lines().filter(|line| line.split_whitespace().any(|word| word == id));
+    let each: BTreeSet<_> = held.filter_map(|line| line.split_once(": ")).map(|(_, lock)| lock.to_owned()).collect();
+    each.into_iter().collect()
 }
 
 /// Files that the program keeps for a running mount at `mountpoint`, outside of the directories that it was told: those that

@@ -5,11 +5,12 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use common::mounted::{Mount, Mounted};
 use common::pattern::{self, Habits, Load, Table};
 use common::place::Place;
+use common::qmp::Qmp;
 use common::random;
 
 const MIB: u64 = 1 << 20;
@@ -172,4 +173,33 @@ fn commands_at_the_same_moment() {
     let active = mounted.active();
     mounted.unmount();
     table.assert_on(&active);
+}
+
+/// Whoever sees that a mirror is gone sees how that very mirror ended, however often and whenever it looks.
+#[test]
+fn a_mirror_that_is_gone_has_its_outcome_recorded() {
+    let place = Place::in_memory();
+    let image = place.random("disk.img", MIB, 1);
+    let mounted = Mount::of(&place, [&image]).start();
+    let mut looking = Qmp::connect(&mounted.control);
+    let mut acting = Qmp::connect(&mounted.control);
+    for number in 0..40 {
+        let target = place.at(&format!("target-{number}.img"));
+        let target = target.to_str().expect("UTF-8");
+        acting.ok("drive-mirror", json!({"device": "disk.img", "target": target, "format": "raw", "sync": "full"}));
+        std::thread::scope(|scope| {
+            let looker = scope.spawn(|| {
+                loop {
+                    let status = looking.ok("livemirror-status", json!({}));
+                    let volume = &status["volumes"][0];
+                    if volume["mirror"].is_null() {
+                        return volume["last_mirror"]["target"].clone();
+                    }
+                }
+            });
+            acting.ok("livemirror-cancel", json!({"device": "disk.img", "keep": false}));
+            assert_eq!(looker.join().expect("a looker"), json!(target), "attempt {number}");
+        });
+    }
+    mounted.unmount();
 }

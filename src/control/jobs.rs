@@ -13,7 +13,7 @@ use super::errors::{Class, QmpError};
 use super::is_well_formed_id;
 use crate::error::{Error, ErrorKind};
 use crate::image::Format;
-use crate::mirror::types::{CancelMode, CopyMode, ErrorPolicy, JobStatus, MirrorOptions};
+use crate::mirror::types::{CancelMode, CopyMode, ErrorPolicy, JobInfo, JobStatus, MirrorOptions};
 use crate::range::Granularity;
 
 type Result<T> = std::result::Result<T, QmpError>;
@@ -87,7 +87,13 @@ impl<'a> NewJob<'a> {
         if !is_well_formed_id(&options.job_id) {
             return Err(QmpError::usage(format!("Invalid job ID '{}'", options.job_id)));
         }
-        if backend.jobs().iter().any(|job| job.state != JobStatus::Null && job.job_id == options.job_id) {
+        // One that has ended and dismisses itself is as good as gone: the backend waits for it.
+        let leaves = |job: &JobInfo| match job.state {
+            JobStatus::Null => true,
+            JobStatus::Concluded => job.auto_dismiss,
+            _ => false,
+        };
+        if backend.jobs().iter().any(|job| job.job_id == options.job_id && !leaves(job)) {
             let desc = format!("Job ID '{}' already in use", options.job_id);
             return Err(QmpError::new(Class::Generic, ErrorKind::Exists, desc));
         }

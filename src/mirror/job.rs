@@ -150,6 +150,11 @@ impl Job {
         &self.options.job_id
     }
 
+    /// True if it leaves by itself when it has ended, see [`MirrorOptions::auto_dismiss`].
+    pub fn dismisses_itself(&self) -> bool {
+        self.options.auto_dismiss
+    }
+
     /// The volume that it mirrors.
     pub fn volume(&self) -> &Arc<Volume> {
         &self.volume

@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use super::config::{Layout, MountConfig};
 use super::departure::Departure;
+use super::jobs::{Jobs, has_ended};
 use super::ledger::{Ledger, LedgerCommitter};
 use super::{plan, target};
 use crate::control::backend::{
@@ -13,10 +14,8 @@ use crate::control::device_names;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mirror::cutover::{Cutovers, Ending};
 use crate::mirror::events::EventHub;
-use crate::mirror::job::{Job, JobObserver};
-use crate::mirror::types::{
-    CancelMode, CopyMode, JobEvent, JobInfo, JobStatus, LastMirror, MirrorOptions, MirrorResult,
-};
+use crate::mirror::job::Job;
+use crate::mirror::types::{CancelMode, CopyMode, JobEvent, JobInfo, JobStatus, MirrorOptions};
 use crate::mirror::{self, Setting};
 use crate::sync::{Arc, Mutex};
 use crate::volume::Volume;
@@ -36,25 +35,6 @@ pub(super) struct Server {
     starting: Mutex<()>,
 }
 
-/// The jobs of a mount, newest first. Concluded ones stay until they are dismissed.
-struct Jobs {
-    ledger: Arc<Ledger>,
-    list: Mutex<Vec<Arc<Job>>>,
-}
-
-impl JobObserver for Jobs {
-    fn ended(&self, job: &Job, outcome: &LastMirror) {
-        if outcome.result != MirrorResult::Completed {
-            self.ledger.unpark(&outcome.target);
-        }
-        self.ledger.mirror_ended(job.volume().name(), outcome);
-    }
-
-    fn gone(&self, job: &Job) {
-        self.list.lock().retain(|other| !std::ptr::eq(&**other, job));
-    }
-}
-
 impl Server {
     pub(super) fn new(
         config: MountConfig,
@@ -65,7 +45,7 @@ impl Server {
     ) -> Arc<Self> {
         let devices = device_names(volumes.iter().map(|volume| volume.name()));
         let cutovers = Cutovers::new(Arc::new(LedgerCommitter(ledger.clone())));
-        let jobs = Arc::new(Jobs { ledger: ledger.clone(), list: Mutex::default() });
+        let jobs = Jobs::new(ledger.clone());
         let events = Arc::new(EventHub::default());
         let starting = Mutex::new(());
         for volume in &volumes {
@@ -102,19 +82,13 @@ impl Server {
     }
 
     fn job(&self, id: &str) -> Result<Arc<Job>> {
-        let jobs = self.jobs.list.lock();
-        jobs.iter().find(|job| job.id() == id).cloned().ok_or_else(|| Error::new(ErrorKind::NotFound, "Job not found"))
-    }
-
-    /// The job that mirrors `volume` now.
-    fn running_job(&self, volume: &Volume) -> Option<Arc<Job>> {
-        let jobs = self.jobs.list.lock();
-        let on_volume = jobs.iter().filter(|job| std::ptr::eq(&**job.volume(), volume));
-        on_volume.into_iter().find(|job| !has_ended(job.status())).cloned()
+        self.jobs.find(id).ok_or_else(|| Error::new(ErrorKind::NotFound, "Job not found"))
     }
 
     fn volume_status(&self, volume: &Arc<Volume>) -> VolumeStatus {
         let (read_bytes, written_bytes) = volume.traffic();
+        // Before the record: a mirror that ends is recorded first and gone then, so that who sees it gone sees how it ended.
+        let mirror = self.jobs.running(volume).map(|job| job.info());
         let recorded = self.ledger.volume(volume.name());
         let active = volume.active();
         VolumeStatus {
@@ -125,14 +99,14 @@ impl Server {
             active: active.name().to_owned(),
             size_bytes: volume.size_bytes(),
             guest: GuestTraffic { read_bytes, written_bytes },
-            mirror: self.running_job(volume).map(|job| job.info()),
+            mirror,
             last_mirror: recorded.and_then(|known| known.last_mirror),
         }
     }
 
     /// Ends every mirror because the mount ends: one that is ready leaves a consistent copy, others are given up.
     pub(super) fn end_jobs(&self) {
-        let jobs = self.jobs.list.lock().clone();
+        let jobs = self.jobs.all();
         for job in jobs.iter().filter(|job| !has_ended(job.status())) {
             // What was a copy once is kept, also where a pause keeps it from being brought up to date.
             let keep = job.info().ready;
@@ -166,7 +140,7 @@ impl Server {
             cutovers: self.cutovers.clone(),
             observer: self.jobs.clone(),
         };
-        let registered = |job: &Arc<Job>| self.jobs.list.lock().insert(0, job.clone());
+        let registered = |job: &Arc<Job>| self.jobs.add(job.clone());
         let recorded = self.ledger.mirror_starts(volume.name(), &options.target);
         match recorded.and_then(|()| mirror::start(options.clone(), setting, registered)) {
             Ok(_) => Ok(()),
@@ -201,10 +175,6 @@ fn with_plain_target(options: MirrorOptions) -> MirrorOptions {
     MirrorOptions { target: plain.unwrap_or_else(|| options.target.clone()), ..options }
 }
 
-fn has_ended(status: JobStatus) -> bool {
-    matches!(status, JobStatus::Concluded | JobStatus::Null)
-}
-
 impl Backend for Server {
     fn devices(&self) -> Vec<String> {
         self.devices.clone()
@@ -230,11 +200,11 @@ impl Backend for Server {
         if volume.is_read_only() {
             return Err(Error::usage("a read-only mount cannot be cut over, so it is not mirrored:").on(volume.name()));
         }
-        if self.jobs.list.lock().iter().any(|job| job.id() == options.job_id) {
+        if self.jobs.has(&options.job_id) {
             let text = format!("Job ID '{}' already in use", options.job_id);
             return Err(Error::new(ErrorKind::Exists, text).advise("'livemirror cancel' ends a mirror"));
         }
-        if let Some(job) = self.running_job(volume) {
+        if let Some(job) = self.jobs.running(volume) {
             let text = format!("Need a root block node: {} is being mirrored by job {}", volume.name(), job.id());
             return Err(Error::new(ErrorKind::Exists, text).advise("'livemirror cancel' ends it"));
         }
@@ -248,7 +218,7 @@ impl Backend for Server {
     }
 
     fn jobs(&self) -> Vec<JobInfo> {
-        let jobs = self.jobs.list.lock().clone();
+        let jobs = self.jobs.all();
         jobs.iter().map(|job| job.info()).collect()
     }
 
@@ -289,7 +259,7 @@ impl Backend for Server {
             true => self.volumes.clone(),
             false => request.devices.iter().map(|device| self.volume(device).cloned()).collect::<Result<_>>()?,
         };
-        let jobs: Vec<_> = volumes.iter().filter_map(|volume| self.running_job(volume)).collect();
+        let jobs: Vec<_> = volumes.iter().filter_map(|volume| self.jobs.running(volume)).collect();
         if jobs.is_empty() || (!request.devices.is_empty() && jobs.len() < volumes.len()) {
             let name = volumes.first().map_or("this mount", |volume| volume.name());
             let error = Error::not_now(format!("there is no mirror of {name}"));

@@ -9,6 +9,7 @@
 mod backend;
 pub mod config;
 mod departure;
+mod jobs;
 mod ledger;
 mod opening;
 mod plan;

@@ -16,7 +16,7 @@ esac
 # program:package that has it
 needed=(
     fusermount3:fuse3 fio:fio mkfs.ext4:e2fsprogs mkfs.xfs:xfsprogs xfs_io:xfsprogs sqlite3:sqlite3 setfattr:attr
-    losetup:mount runuser:util-linux flock:util-linux cmp:diffutils shellcheck:shellcheck
+    losetup:mount strace:strace runuser:util-linux flock:util-linux cmp:diffutils shellcheck:shellcheck
 )
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

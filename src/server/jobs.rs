@@ -64,6 +64,7 @@ impl JobObserver for Jobs {
     fn gone(&self, job: &Job) {
         self.list.lock().retain(|other| !std::ptr::eq(&**other, job));
         self.left.notify_all();
+        crate::sys::process::give_back_memory();
     }
 }
 

@@ -1,4 +1,4 @@
-//! Properties of a process that keep a disk alive when memory is short.
+//! Properties of a process that matter when memory is short.
 
 use std::io;
 
@@ -15,5 +15,15 @@ pub fn set_io_flusher() -> io::Result<()> {
     match unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1_u64, 0_u64, 0_u64, 0_u64) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Gives memory that was freed back to the system, where the C library keeps it for later: what a mirror used is not needed until
+/// the next one.
+pub fn give_back_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: takes an integer, and locks the C library's own heap while it looks at it (malloc_trim(3)).
+    unsafe {
+        libc::malloc_trim(0);
     }
 }

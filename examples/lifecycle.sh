@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
 # The life of a mount: mount, use, an unmount while it is busy, unmount, a line in /etc/fstab, mount again.
-# Needs root; writes nothing outside of a temporary directory (the fstab is one of its own).
+# Needs root; writes nothing outside of a temporary directory (the fstab is one of its own, /sbin is covered in a mount namespace).
 set -euo pipefail
 
 livemirror=${LIVEMIRROR:-livemirror}
 root=$(cd "$(dirname "$0")/.." && pwd)
 ((EUID == 0)) || { echo "SKIPPED: this example needs root"; exit 0; }
+if [[ -z ${LIFECYCLE_NAMESPACE-} ]]; then
+    LIFECYCLE_NAMESPACE=1 exec unshare --mount --propagation private bash "$0"
+fi
 
 work=$(mktemp -d)
 holder=
@@ -47,11 +50,13 @@ umount "$work/mnt"
 mountpoint -q "$work/mnt" && exit 1
 
 echo "--- through /etc/fstab"
-# mount(8) would find the helper in /sbin; here it is installed below a directory of our own, and called by its path.
+# mount(8) looks for the helper in /sbin and nowhere else: it is installed below a directory of our own, which covers /sbin here.
 PREFIX=$work/installed SBINDIR=$work/installed/sbin sh "$root/packaging/install.sh" "$(command -v "$livemirror")"
+sbin=$(readlink -f /sbin)
+mount -t overlay overlay -o "lowerdir=$work/installed/sbin:$sbin" "$sbin"
 echo "$work/disk.img $work/mnt fuse.livemirror noauto,nofail,x-systemd.requires=network.target,cache=none 0 0" >"$work/fstab"
-read -r source mountpoint _ options _ <"$work/fstab"
-"$work/installed/sbin/mount.fuse.livemirror" "$source" "$mountpoint" -o "$options"
+mount -T "$work/fstab" "$work/mnt"
+findmnt --noheadings -o FSTYPE,SOURCE "$work/mnt"
 fsck.ext4 -f -n "$work/mnt/disk.img" >/dev/null
 echo "mounted again: the file system is whole"
 "$livemirror" unmount "$work/mnt"

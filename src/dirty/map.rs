@@ -202,6 +202,21 @@ impl DirtyMap {
         busy.is_idle() && self.bits.count() == 0
     }
 
+    /// True if, at one instant, no granule that `range` touches was dirty, claimed or held in part. Guest writes that were not
+    /// marked yet are the intent log's to count. What lies past the disk's end is quiet.
+    pub fn is_quiet(&self, range: ByteRange) -> bool {
+        let granules = touched_granules(self.clip(range), self.granularity);
+        if granules.is_empty() {
+            return true;
+        }
+        let bytes = self.bytes_of(granules.start, granules.end);
+        // As in `is_in_sync`: what is seen released has been marked before, and what is claimed is cleared under the lock.
+        let busy = self.busy.lock();
+        busy.claims.first_overlap(granules.start, granules.end).is_none()
+            && busy.holds.first_overlap(bytes.start(), bytes.end()).is_none()
+            && self.bits.next(granules.start, &busy.turn).is_none_or(|dirty| dirty >= granules.end)
+    }
+
     /// Sleeps until there is something to claim, `stop` is true or the deadline has passed. `stop` is asked at the start and after
     /// each wake-up, under the map's lock: it must be short and take no lock under which the map is used. Whoever changes what
     /// `stop` looks at calls [`DirtyMap::wake_all`] afterwards.

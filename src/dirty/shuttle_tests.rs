@@ -113,6 +113,7 @@ fn in_sync_is_not_fooled_by_a_claim_or_hold_that_is_dropped() {
         };
         for _ in 0..4 {
             assert!(!map.is_in_sync());
+            assert!(!map.is_quiet(granules(5, 1)));
         }
         dropper.join().unwrap();
         assert_eq!(map.dirty_granules(), 2);

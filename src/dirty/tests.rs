@@ -192,6 +192,11 @@ impl Model {
         assert_eq!(map.next_dirty(Granule(from)), self.dirty.range(from..).next().copied().map(Granule));
         assert_eq!(map.is_dirty(Granule(from)), self.dirty.contains(&from));
         assert_eq!(map.any_dirty(probe), self.touched(probe).any(|g| self.dirty.contains(&g)));
+        let busy = |g: u64| {
+            self.claims.iter().any(|(_, run)| run.contains(&g))
+                || self.holds.iter().any(|(_, held)| self.touched(*held).contains(&g))
+        };
+        assert_eq!(map.is_quiet(probe), !self.touched(probe).any(|g| self.dirty.contains(&g) || busy(g)));
     }
 }
 
@@ -262,6 +267,25 @@ fn a_granule_in_a_claim_is_not_claimed_again_however_often_it_is_marked() {
     assert_eq!(map.claim(Granule(10), 1).unwrap().granules(), 11..12);
     claim.finish();
     assert_eq!(map.claim(Granule(10), 1).unwrap().granules(), 10..11);
+}
+
+#[test]
+fn what_is_dirty_claimed_or_held_is_not_quiet() {
+    let map = map(100 * GRANULE);
+    let probe = ByteRange::from_bounds(10 * GRANULE + 1, 12 * GRANULE - 1);
+    let quiet = || (map.is_quiet(granules(0, 10)), map.is_quiet(probe), map.is_quiet(granules(12, u64::MAX / GRANULE)));
+    map.mark(granules(11, 1));
+    assert_eq!(quiet(), (true, false, true), "dirty");
+    let claim = map.claim(Granule(0), 1).unwrap();
+    assert_eq!(quiet(), (true, false, true), "claimed");
+    drop(claim);
+    assert_eq!(quiet(), (true, false, true), "given back");
+    map.claim(Granule(0), 1).unwrap().finish();
+    assert_eq!(quiet(), (true, true, true));
+    let hold = map.try_hold(ByteRange::new(10 * GRANULE, 1)).unwrap();
+    assert_eq!(quiet(), (true, false, true), "a hold of other bytes of the same granule");
+    hold.finish();
+    assert_eq!(quiet(), (true, true, true));
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! The locks and atomics of the crate. They come from one place so that a model checker can replace them: built with
+//! The locks, atomics and threads of the crate. They come from one place so that a model checker can replace them: built with
 //! `--cfg shuttle`, the same code runs under shuttle's scheduler.
 
 #[cfg(shuttle)]
@@ -11,6 +11,7 @@ mod real {
     #[allow(unused_imports, reason = "which of them the rooms need differs between the two builds")]
     pub use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
     pub use std::sync::{Arc, OnceLock, atomic};
+    pub use std::thread;
 
     use std::time::Instant;
 
@@ -31,6 +32,7 @@ mod real {
 mod checked {
     pub use parking_lot::RwLock;
     pub use shuttle::sync::atomic;
+    pub use shuttle::thread;
     pub use std::sync::{Arc, OnceLock};
 
     use std::time::Instant;

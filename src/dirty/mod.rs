@@ -3,11 +3,13 @@
 //! - [`map`]: the dirty map of one volume, shared by the guest's threads and the copiers;
 //! - [`claim`]: granules in a copier's hands;
 //! - [`hold`]: bytes that a synchronous guest write keeps to itself;
+//! - [`intent`]: the durable, coarse shadow of the map, which a power cut leaves true;
 //! - `bits` and `busy`: what the map is made of.
 mod bits;
 mod busy;
 pub mod claim;
 pub mod hold;
+pub mod intent;
 pub mod map;
 
 pub use claim::Claim;

@@ -1,0 +1,179 @@
+//! The end of a bit (rule 2), looked for by a thread of its own, so that no guest ever waits for a flush of an image:
+//!
+//! ```text
+//! (a) nothing in flight: Set -> Retiring;  then: nothing dirty, claimed or held, and no write lately
+//! (b) flush both images: begun after all of (a)
+//! (c) still nothing dirty; hand over to the log's thread, which takes what is still Retiring
+//! (d) the log's thread: Clearing, written, durable: Clear
+//! ```
+//!
+//! A write counts itself and then learns the state; it marks the dirty map before it is counted out. So one that came before
+//! (a) has left a mark that the look after it finds, and one that comes later sets the region back. Dirty is looked at again after
+//! the flush because another flush may have failed meanwhile and made dirty what was written before.
+
+use std::time::{Duration, Instant};
+
+use crate::error::Result;
+use crate::range::ByteRange;
+use crate::sync::atomic::Ordering::Relaxed;
+use crate::sync::{Arc, wait_until};
+
+use super::Inner;
+use super::region::State;
+use super::writer::{Health, Queue};
+
+/// A region in which a guest's write ended less than so many seconds ago stays marked: it is likely to be written again.
+pub const HOT_SECONDS: u32 = 30;
+/// How long to wait before looking again at regions that were dirty.
+const PASS_INTERVAL: Duration = Duration::from_secs(1);
+
+/// What the end of a bit needs to know of the images. Called on the retirer's thread, without locks held.
+pub trait Clearing: Send + Sync {
+    /// True if, at one instant, nothing in `range` was dirty, claimed or held. Must be quick: see
+    /// [`DirtyMap::is_quiet`](crate::dirty::DirtyMap::is_quiet).
+    fn is_quiet(&self, range: ByteRange) -> bool;
+
+    /// Flushes source and target, both begun after the call. May take as long as it must.
+    ///
+    /// # Errors
+    /// Either failed: nothing is cleared.
+    fn flush_both(&self) -> Result<()>;
+}
+
+/// When another pass may have something to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Next {
+    /// No region is marked.
+    WhenMarked,
+    After(Duration),
+}
+
+/// Why a region stays marked, or that it does not.
+enum Look {
+    Retiring,
+    /// Written lately, or just now: seconds until it may have cooled.
+    Hot(u32),
+    Busy,
+}
+
+impl Inner {
+    /// The retirer's thread.
+    pub(super) fn retire_until_stopped(&self, clearing: &dyn Clearing) {
+        let over = |queue: &Queue| queue.stop_retiring || queue.health != Health::Sound;
+        while !over(&self.queue.lock()) {
+            let next = self.pass(clearing);
+            let mut queue = self.queue.lock();
+            let deadline = match next {
+                Next::WhenMarked => None,
+                Next::After(wait) => Some(Instant::now() + wait),
+            };
+            queue.retirer_idle = deadline.is_none();
+            let mut in_time = true;
+            while in_time && !over(&queue) && !(queue.retirer_idle && queue.newly_set) {
+                in_time = wait_until(&self.retire, &mut queue, deadline);
+            }
+            queue.retirer_idle = false;
+        }
+    }
+
+    /// Clears what may be cleared now: at most one flush of both images and one write of the log, none of them if nothing may.
+    pub(super) fn pass(&self, clearing: &dyn Clearing) -> Next {
+        self.queue.lock().newly_set = false;
+        self.passes.fetch_add(1, Relaxed);
+        let now = self.settings.clock.seconds();
+        let mut retiring = Vec::new();
+        let mut next = Next::WhenMarked;
+        for region in self.regions.marked() {
+            let wait = match self.look(region, now, clearing) {
+                Look::Retiring => {
+                    retiring.push(region);
+                    continue;
+                }
+                Look::Hot(seconds) => Duration::from_secs(seconds.into()),
+                Look::Busy => PASS_INTERVAL,
+            };
+            next = Next::After(if let Next::After(sooner) = next { sooner.min(wait) } else { wait });
+        }
+        let looked_at = retiring.len();
+        if retiring.is_empty() || self.clear(retiring, clearing) == looked_at {
+            return next;
+        }
+        Next::After(PASS_INTERVAL)
+    }
+
+    /// (a)
+    fn look(&self, number: u32, now: u32, clearing: &dyn Clearing) -> Look {
+        let region = self.regions.get(number);
+        let cools_in = || match region.written() {
+            _ if region.is_entered() => HOT_SECONDS + 1,
+            0 => 0,
+            // The seconds are whole ones: one more, so that it is never less than they say.
+            written => (written.saturating_add(HOT_SECONDS + 1)).saturating_sub(now),
+        };
+        let bytes = self.layout.bytes_of(number, number + 1);
+        if let seconds @ 1.. = cools_in() {
+            return Look::Hot(seconds);
+        }
+        // Looked at twice: most are dirty while a copy runs, and it disturbs nobody to see that.
+        if !clearing.is_quiet(bytes) || !region.change_idle(State::Set, State::Retiring) {
+            return Look::Busy;
+        }
+        if cools_in() > 0 || !clearing.is_quiet(bytes) {
+            region.change(State::Retiring, State::Set);
+            return Look::Busy;
+        }
+        Look::Retiring
+    }
+
+    /// (b) and (c), and waits for (d). Returns how many regions are clear now.
+    fn clear(&self, mut retiring: Vec<u32>, clearing: &dyn Clearing) -> usize {
+        let flushed = clearing.flush_both();
+        if let Err(error) = &flushed {
+            log::debug!("{}: nothing is cleared: {error}", self.name);
+        }
+        retiring.retain(|&number| {
+            let quiet = flushed.is_ok() && clearing.is_quiet(self.layout.bytes_of(number, number + 1));
+            if !quiet {
+                self.regions.get(number).change(State::Retiring, State::Set);
+            }
+            quiet
+        });
+        if retiring.is_empty() {
+            return 0;
+        }
+        let mut queue = self.queue.lock();
+        if queue.stop_retiring || queue.closing || queue.health != Health::Sound {
+            retiring.iter().for_each(|&region| _ = self.regions.get(region).change(State::Retiring, State::Set));
+            return 0;
+        }
+        queue.retired.append(&mut retiring);
+        queue.lots_given += 1;
+        let lot = queue.lots_given;
+        self.work.notify_one();
+        while queue.lots_done < lot && queue.health == Health::Sound && !queue.stop_retiring {
+            self.done.wait(&mut queue);
+        }
+        if queue.lots_done >= lot {
+            return queue.cleared;
+        }
+        // What is under way ends without us; what is not goes back.
+        for region in std::mem::take(&mut queue.retired) {
+            self.regions.get(region).change(State::Retiring, State::Set);
+        }
+        0
+    }
+}
+
+/// The thread of [`Inner::retire_until_stopped`], if it could be started.
+pub(super) fn start(inner: &Arc<Inner>, clearing: Arc<dyn Clearing>) -> Option<crate::sync::thread::JoinHandle<()>> {
+    let name = inner.name.clone();
+    let inner = Arc::clone(inner);
+    let retirer = crate::sync::thread::Builder::new().name("intent-retire".into());
+    match retirer.spawn(move || inner.retire_until_stopped(&*clearing)) {
+        Ok(handle) => Some(handle),
+        Err(error) => {
+            log::warn!("{name}: no thread to clear it: {error}; a restart will compare more than it must");
+            None
+        }
+    }
+}

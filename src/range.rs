@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
+
 /// A half-open range of bytes of a disk: `start()..end()`. May be empty; never wraps.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct ByteRange {
@@ -103,8 +105,9 @@ impl fmt::Debug for ByteRange {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Granule(pub u64);
 
-/// The size of a granule: a power of two from 512 B to 64 MiB (the limits of QEMU's dirty bitmaps).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// The size of a granule: a power of two from 512 B to 64 MiB (the limits of QEMU's dirty bitmaps). Written down in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "u64", into = "u64")]
 pub struct Granularity {
     shift: u32,
 }
@@ -140,6 +143,20 @@ impl Granularity {
     /// The first byte of `granule`.
     pub const fn start_of(self, granule: Granule) -> u64 {
         granule.0 << self.shift
+    }
+}
+
+impl TryFrom<u64> for Granularity {
+    type Error = &'static str;
+
+    fn try_from(bytes: u64) -> Result<Self, Self::Error> {
+        Granularity::new(bytes).ok_or("not a granularity")
+    }
+}
+
+impl From<Granularity> for u64 {
+    fn from(granularity: Granularity) -> u64 {
+        granularity.bytes()
     }
 }
 

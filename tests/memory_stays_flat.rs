@@ -64,7 +64,7 @@ fn from_mirror_to_mirror() {
     let place = Place::in_memory();
     let image = place.random("disk.img", 16 * MIB, random::seed());
     let mounted = Mount::of(&place, [&image]).start();
-    let mut mirror = |count: u32| {
+    let mirror = |count: u32| {
         for _ in 0..count {
             mounted.mirror(&place.at("target.img"), &["--wait"]);
             mounted.verb::<&str>("cancel", []).ok();

@@ -14,6 +14,7 @@ pub mod map;
 
 pub use claim::Claim;
 pub use hold::Hold;
+pub use intent::{Clearing, IntentLog};
 pub use map::{DirtyMap, Wake};
 
 #[cfg(all(test, shuttle))]

@@ -34,6 +34,7 @@ pub(super) type Failure = (Operation, Error);
 pub(super) fn run(job: &Job, live: &Live) {
     let granularity = live.map.granularity().bytes();
     let mut buffer = vec![0; PIECE_BYTES.min(job.options.buffer_bytes.max(granularity.min(PIECE_BYTES))) as usize];
+    let mut held = vec![0; if job.comparing { buffer.len() } else { 0 }];
     while job.wait_to_copy() {
         let careful = job.counters.careful.load(Relaxed) > 0;
         let piece = if careful { granularity } else { job.pacer.piece(PIECE_BYTES).max(granularity) };
@@ -57,7 +58,7 @@ pub(super) fn run(job: &Job, live: &Live) {
         }
         let first = claim.range().start();
         let mut data_bytes = 0;
-        let result = copy_claim(job, live, &mut claim, &mut buffer, &mut data_bytes);
+        let result = copy_claim(job, live, &mut claim, (&mut buffer, &mut held), &mut data_bytes);
         let next = live.map.granularity().granule_of(claim.range().end()).0;
         job.counters.cursor.store(next, Relaxed);
         if live.map.granularity().granule_of(first).0 < cursor {
@@ -87,7 +88,7 @@ fn copy_claim(
     job: &Job,
     live: &Live,
     claim: &mut Claim,
-    buffer: &mut [u8],
+    (buffer, held): (&mut [u8], &mut [u8]),
     data_bytes: &mut u64,
 ) -> Result<(), Failure> {
     let disk = ByteRange::new(0, live.map.size_bytes());
@@ -114,7 +115,8 @@ fn copy_claim(
             let piece = part.intersect(wanted);
             let bytes = &mut buffer[..piece.len() as usize];
             live.source.read_at(piece.start(), bytes).map_err(|error| (Operation::Read, error))?;
-            *data_bytes += write_data(job, live, piece.start(), bytes).map_err(|error| (Operation::Write, error))?;
+            *data_bytes +=
+                write_data(job, live, piece.start(), bytes, held).map_err(|error| (Operation::Write, error))?;
             at = piece.end();
         } else {
             let hole = part.intersect(range);
@@ -126,8 +128,17 @@ fn copy_claim(
 }
 
 /// Writes `bytes`, but leaves holes where whole blocks are zero. Returns how many of them are data of the source.
-fn write_data(job: &Job, live: &Live, offset: u64, bytes: &[u8]) -> Result<u64, Error> {
+fn write_data(job: &Job, live: &Live, offset: u64, bytes: &[u8], held: &mut [u8]) -> Result<u64, Error> {
     let mut data_bytes = bytes.len() as u64;
+    // What the target holds, read after the claim was taken: nobody else writes there.
+    let held = match job.comparing {
+        true => {
+            let held = &mut held[..bytes.len()];
+            live.target.image().read_at(offset, held)?;
+            Some(&*held)
+        }
+        false => None,
+    };
     let mut at = 0;
     while at < bytes.len() {
         let zero = is_zero_block(&bytes[at..]);
@@ -143,6 +154,8 @@ fn write_data(job: &Job, live: &Live, offset: u64, bytes: &[u8]) -> Result<u64, 
                 data_bytes -= extent.range.intersect(run).len();
             }
             clear(job, live, run)?;
+        } else if held.is_some_and(|held| held[at..end] == bytes[at..end]) {
+            job.counters.skipped.fetch_add((end - at) as u64, Relaxed);
         } else {
             live.target.apply(Change::Write { offset: place, data: &bytes[at..end] })?;
         }

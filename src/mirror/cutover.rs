@@ -46,11 +46,11 @@ pub struct Switch {
 
 /// Makes cutovers durable. The state stands behind it; tests stand in for it.
 pub trait Committer: Send + Sync {
-    /// Writes a record in which every switch is made, aside, and makes it durable there.
+    /// Writes a record in which every switch is made, or (a copy) every mirror is over, aside, and makes it durable there.
     ///
     /// # Errors
     /// Nothing has changed.
-    fn prepare(&self, switches: &[Switch]) -> Result<Box<dyn PreparedRecord>>;
+    fn prepare(&self, switches: &[Switch], ending: Ending) -> Result<Box<dyn PreparedRecord>>;
 
     /// Marks the old images as superseded (rule 10). The record is durable already: an error is logged, not reported.
     fn supersede(&self, switches: &[Switch]);
@@ -136,10 +136,7 @@ impl Cutovers {
         // After the flush, which is given up on where the target hangs; this is not.
         participants.iter().try_for_each(|one| check_in_place(&**one.live.target.image()))?;
         let switches: Vec<Switch> = participants.iter().map(Participant::switch).collect();
-        let record = match ending {
-            Ending::Switch => Some(self.committer.prepare(&switches)?),
-            Ending::Copy => None,
-        };
+        let record = self.committer.prepare(&switches, ending)?;
         wait_until_near(&participants, max_pause, flush_took, *rest_until, give_up_at)?;
         *rest_until = Some(Instant::now() + max_pause.saturating_mul(REST_PAUSES).min(REST_MAX));
 
@@ -151,10 +148,14 @@ impl Cutovers {
         let written = write_counts(&participants);
         flush_under_barrier(&participants, deadline)?;
         refuse_unless_proven(&participants, &written)?;
-        let failure = match record.map(PreparedRecord::commit) {
-            Some(Err(CommitFailure::NotDone(error))) => return Err(error),
-            Some(Err(CommitFailure::Undecided(error))) => Some(error),
-            Some(Ok(())) | None => None,
+        let failure = match record.commit() {
+            Err(CommitFailure::NotDone(error)) => return Err(error),
+            // The mirror goes on and both images stay alike: either record is true. Its end must be durable first (rule 11).
+            Err(CommitFailure::Undecided(error)) if ending == Ending::Copy => {
+                return Err(Error::not_now(error.to_string()));
+            }
+            Err(CommitFailure::Undecided(error)) => Some(error),
+            Ok(()) => None,
         };
         frozen.for_good();
         if let Some(error) = failure {
@@ -166,7 +167,7 @@ impl Cutovers {
         for (participant, barrier) in participants.iter().zip(&barriers) {
             match ending {
                 Ending::Switch => participant.job.volume.switch(barrier, participant.new_image()),
-                Ending::Copy => participant.job.volume.set_tracking(barrier, None),
+                Ending::Copy => participant.job.volume.end_tracking(barrier),
             }
         }
         drop(barriers);

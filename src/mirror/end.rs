@@ -22,12 +22,24 @@ pub(super) fn conclude(job: &Arc<Job>, live: Live, verdict: Verdict) {
     job.stopping.store(true, SeqCst);
     job.wake();
     let hung = wait_for_threads(job);
+    if let Some(intent) = &job.intent {
+        intent.detach();
+    }
+    let suspended = matches!(verdict, Verdict::Suspended);
     if !good {
+        if !suspended {
+            // Durably, before the first change that nobody tracks (rule 11).
+            job.observer.unpairing(job);
+        }
         // Guests' writes stop going through this job before its images are released.
         // One that is stuck in the source must not hold all the others for ever: they go on between two attempts.
         loop {
             if let Some(raised) = job.volume.raise_barrier(Some(Instant::now() + BARRIER_PATIENCE)) {
-                job.volume.set_tracking(&raised, None);
+                match suspended {
+                    // What guests may still change is marked durably.
+                    true => job.volume.set_tracking(&raised, None),
+                    false => job.volume.end_tracking(&raised),
+                }
                 break;
             }
             std::thread::sleep(BARRIER_PATIENCE);
@@ -51,12 +63,18 @@ pub(super) fn conclude(job: &Arc<Job>, live: Live, verdict: Verdict) {
     }
     drop(target);
 
-    job.observer.ended(job, &outcome);
+    if !suspended {
+        job.observer.ended(job, &outcome);
+    }
     match verdict {
+        Verdict::Suspended => (),
         Verdict::Cancelled { .. } => job.events.emit(&JobEvent::Cancelled(progress)),
         _ => job.events.emit(&JobEvent::Completed(progress, error)),
     }
     job.transition(JobStatus::Concluded);
+    if let (Some(intent), false) = (&job.intent, suspended) {
+        intent.close();
+    }
     if job.options.auto_dismiss {
         job.transition(JobStatus::Null);
         job.observer.gone(job);
@@ -105,6 +123,8 @@ fn outcome(job: &Job, verdict: &Verdict) -> LastMirror {
         Verdict::Failed(error) => (MirrorResult::Failed, false, Some(describe(error)), None),
         Verdict::Finished => (MirrorResult::Finished, true, None, None),
         Verdict::Switched { pause_ms } => (MirrorResult::Completed, true, None, Some(*pause_ms)),
+        // Nobody hears of it: it is no end.
+        Verdict::Suspended => (MirrorResult::Cancelled, false, None, None),
     };
     LastMirror {
         target: job.options.target.clone(),

@@ -62,7 +62,7 @@ impl Job {
             eta_seconds,
             speed: self.pacer.speed(),
             io_status: state.io_status,
-            last_error: state.last_error.as_ref().map(describe),
+            last_error: state.last_error.as_ref().map(describe).or_else(|| self.cannot_be_resumed()),
             paused: State::is_paused(&state),
             busy: in_flight_bytes > 0,
             actively_synced: live.tracking.is_synchronous() && synchronous > 0 && dirty_bytes == 0,
@@ -73,6 +73,13 @@ impl Job {
     }
 }
 
+impl Job {
+    fn cannot_be_resumed(&self) -> Option<String> {
+        let error = self.intent.as_ref()?.broken_by()?;
+        Some(format!("{error}; the mirror goes on, but cannot be resumed after a restart"))
+    }
+}
+
 impl State {
     pub(super) fn is_paused(&self) -> bool {
         self.user_paused || self.error_paused
@@ -80,7 +87,7 @@ impl State {
 }
 
 /// An error and what can be done about it, on one line.
-pub(super) fn describe(error: &crate::error::Error) -> String {
+pub fn describe(error: &crate::error::Error) -> String {
     match error.advice() {
         Some(advice) => format!("{error} ({advice})"),
         None => error.to_string(),

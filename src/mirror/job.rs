@@ -13,11 +13,12 @@ use std::time::Instant;
 use super::cutover::Cutovers;
 use super::events::EventHub;
 use super::pace::{Pacer, RateMeter};
+use super::start::Resumed;
 use super::states::check_verb;
 use super::types::{
     CancelMode, CopyMode, IoStatus, JobEvent, JobInfo, JobProgress, JobStatus, JobVerb, LastMirror, MirrorOptions,
 };
-use crate::dirty::DirtyMap;
+use crate::dirty::{DirtyMap, IntentLog};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
 use crate::sync::{Arc, Condvar, Mutex};
@@ -32,8 +33,14 @@ pub struct Job {
     pub(super) events: Arc<EventHub>,
     pub(super) cutovers: Arc<Cutovers>,
     pub(super) observer: Arc<dyn JobObserver>,
-    /// The target was made for this job: it was all holes, and a cancel removes it.
+    /// The target was made for this job: a cancel removes it.
     pub(super) created_target: bool,
+    /// ... and is all holes but for what this job has written.
+    pub(super) fresh_target: bool,
+    /// What the target holds is not known: it is read, and only what differs is written.
+    pub(super) comparing: bool,
+    /// The durable shadow of the dirty map, where the job can be resumed.
+    pub(super) intent: Option<Arc<IntentLog>>,
     pub(super) pacer: Pacer,
     pub(super) counters: Counters,
     pub(super) state: Mutex<State>,
@@ -61,6 +68,9 @@ pub(super) struct Live {
 
 /// Hears when a job has ended and when it is forgotten. Called without locks held.
 pub trait JobObserver: Send + Sync {
+    /// The job ends without a switch: the pairing of its images must be gone, durably, when this returns (rule 11). Guests' changes are
+    /// still tracked.
+    fn unpairing(&self, _job: &Job) {}
     /// The job has ended with this outcome; its images are released. Called before the event `concluded`.
     fn ended(&self, job: &Job, outcome: &LastMirror);
     /// The job went from `concluded` to `null`.
@@ -71,6 +81,8 @@ pub trait JobObserver: Send + Sync {
 #[derive(Debug, Default)]
 pub(super) struct Counters {
     pub(super) scanned_data: AtomicU64,
+    /// Everything before it has been scanned: what is not dirty there does not differ.
+    pub(super) scanned_to: AtomicU64,
     pub(super) copied: AtomicU64,
     pub(super) zeroed: AtomicU64,
     pub(super) discarded: AtomicU64,
@@ -136,6 +148,22 @@ pub(super) enum Verdict {
     Finished,
     /// The target is the disk now.
     Switched { pause_ms: f64 },
+    /// The mount ends; the next one goes on with the job.
+    Suspended,
+}
+
+impl From<Resumed> for Counters {
+    fn from(resumed: Resumed) -> Self {
+        Counters {
+            // What was copied was data; what is marked comes on top of it.
+            scanned_data: resumed.copied.into(),
+            copied: resumed.copied.into(),
+            zeroed: resumed.zeroed.into(),
+            discarded: resumed.discarded.into(),
+            skipped: resumed.skipped.into(),
+            ..Counters::default()
+        }
+    }
 }
 
 impl fmt::Debug for Job {
@@ -307,6 +335,12 @@ impl Job {
         }
         self.wake();
         Ok(())
+    }
+
+    /// Leaves the job for the next mount to go on with; acted on by the supervisor.
+    pub fn suspend(&self) {
+        self.state.lock().verdict.get_or_insert(Verdict::Suspended);
+        self.wake();
     }
 
     /// Tells a ready job to cut over; acted on by the supervisor.

@@ -5,6 +5,7 @@
 //! guest ──> volume ──> dirty map ──────────────^   ^── pace, errors
 //! ```
 
+mod clearing;
 mod copy;
 pub mod cutover;
 mod end;
@@ -19,7 +20,8 @@ mod states;
 mod supervise;
 pub mod types;
 
-pub use start::{MAX_GUEST_DELAY, Setting, default_granularity, start};
+pub use info::describe;
+pub use start::{MAX_GUEST_DELAY, Resumed, Setting, default_granularity, start};
 
 #[cfg(test)]
 mod tests;

@@ -10,24 +10,37 @@ use super::job::{Job, Live};
 use crate::image::ExtentStatus;
 use crate::range::ByteRange;
 
-/// Walks over the whole source; the copiers start with the first extent that is found.
-pub(super) fn scan(job: &Job, live: &Live) {
+/// Walks over `parts` of the source, in order; the copiers start with the first extent that is found.
+pub(super) fn scan(job: &Job, live: &Live, parts: &[ByteRange]) {
     let disk = ByteRange::new(0, live.map.size_bytes());
-    let mut at = 0;
-    while at < disk.end() {
-        if job.stopping.load(SeqCst) {
+    for part in parts {
+        if !scan_part(job, live, part.intersect(disk)) {
             return;
+        }
+    }
+    job.counters.scanned_to.store(u64::MAX, SeqCst);
+    job.counters.passes.store(0, Relaxed);
+    job.state.lock().scanned = true;
+    job.wake();
+}
+
+/// False: the job ends.
+fn scan_part(job: &Job, live: &Live, part: ByteRange) -> bool {
+    let mut at = part.start();
+    while at < part.end() {
+        if job.stopping.load(SeqCst) {
+            return false;
         }
         let extent = live.source.extent_at(at);
         // An extent that does not move on would be a bug of the image; the rest is then data.
-        let end = if extent.range.end() > at { extent.range.end() } else { disk.end() };
-        let range = ByteRange::from_bounds(at, end).intersect(disk);
+        let end = if extent.range.end() > at { extent.range.end() } else { part.end() };
+        let range = ByteRange::from_bounds(at, end).intersect(part);
         match extent.status {
             ExtentStatus::Data => {
                 job.counters.scanned_data.fetch_add(range.len(), Relaxed);
                 live.map.mark(range);
             }
-            ExtentStatus::Zero | ExtentStatus::Hole if job.created_target => {
+            ExtentStatus::Zero | ExtentStatus::Hole if job.fresh_target => {
                 job.counters.skipped.fetch_add(range.len(), Relaxed);
             }
             ExtentStatus::Zero | ExtentStatus::Hole => {
@@ -35,8 +48,8 @@ pub(super) fn scan(job: &Job, live: &Live) {
             }
         }
         at = range.end();
+        // After the mark: nobody takes for clean what has not been looked at.
+        job.counters.scanned_to.store(at, SeqCst);
     }
-    job.counters.passes.store(0, Relaxed);
-    job.state.lock().scanned = true;
-    job.wake();
+    true
 }

@@ -9,10 +9,10 @@ use super::job::{Counters, Job, JobObserver, Live, State, Wish};
 use super::pace::{Pacer, RateMeter};
 use super::supervise;
 use super::types::{CopyMode, IoStatus, JobEvent, JobStatus, MirrorOptions};
-use crate::dirty::DirtyMap;
+use crate::dirty::{DirtyMap, IntentLog};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Format, Image};
-use crate::range::Granularity;
+use crate::range::{ByteRange, Granularity};
 use crate::sync::{Arc, Condvar, Mutex};
 use crate::volume::Volume;
 use crate::volume::target::Target;
@@ -30,14 +30,35 @@ pub struct Setting {
     pub volume: Arc<Volume>,
     /// The opened, locked target; at least as large as the disk.
     pub target: Arc<dyn Image>,
-    /// It was made for this job and is all holes.
+    /// It was made for this job. Unless the job is resumed it is all holes.
     pub created_target: bool,
+    /// The durable shadow of the dirty map, if the job is to be resumable. Of a new job: all ones.
+    pub intent: Option<Arc<IntentLog>>,
+    /// The job goes on where a server that is gone left it.
+    pub resumed: Option<Resumed>,
     /// Hears the job's events.
     pub events: Arc<EventHub>,
     /// Carries out its cutover.
     pub cutovers: Arc<Cutovers>,
     /// Hears of its end.
     pub observer: Arc<dyn JobObserver>,
+}
+
+/// How a job stood when it was left. What is to be copied is what the intent log has marked.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Resumed {
+    /// The log is not trusted: the target is read too, and only what differs is written.
+    pub compare: bool,
+    /// The user had paused it.
+    pub paused: bool,
+    /// Bytes that it had copied.
+    pub copied: u64,
+    /// Bytes zeroed on the target.
+    pub zeroed: u64,
+    /// Bytes freed on the target.
+    pub discarded: u64,
+    /// Bytes passed over.
+    pub skipped: u64,
 }
 
 /// The granularity that a mirror to `target` gets when none is asked for: the cluster of a format that has clusters, within
@@ -52,9 +73,9 @@ pub fn default_granularity(target: &dyn Image) -> Granularity {
 /// # Errors
 /// The target is smaller than the disk; the volume is mirrored already; no thread can be started.
 pub fn start(options: MirrorOptions, setting: Setting, register: impl FnOnce(&Arc<Job>)) -> Result<Arc<Job>> {
-    let Setting { volume, target, created_target, events, cutovers, observer } = setting;
+    let Setting { volume, target, created_target, intent, resumed, events, cutovers, observer } = setting;
     let size_bytes = volume.size_bytes();
-    if created_target && target.size_bytes() != size_bytes {
+    if created_target && resumed.is_none() && target.size_bytes() != size_bytes {
         return Err(Error::not_now("the disk's size has just changed, try again:").on(volume.name()));
     }
     if target.size_bytes() < size_bytes {
@@ -67,7 +88,7 @@ pub fn start(options: MirrorOptions, setting: Setting, register: impl FnOnce(&Ar
     let synchronous = options.copy_mode == CopyMode::WriteBlocking;
     let state = State {
         status: JobStatus::Created,
-        user_paused: false,
+        user_paused: resumed.is_some_and(|resumed| resumed.paused),
         error_paused: false,
         io_status: IoStatus::Ok,
         copy_mode: options.copy_mode,
@@ -80,7 +101,7 @@ pub fn start(options: MirrorOptions, setting: Setting, register: impl FnOnce(&Ar
         retry_at: None,
         error_event_at: None,
         stalled_at: None,
-        drain: RateMeter::new(0),
+        drain: RateMeter::new(resumed.map_or(0, |resumed| resumed.copied)),
         dirtying: RateMeter::new(0),
         threads: 0,
         epitaph: None,
@@ -92,12 +113,15 @@ pub fn start(options: MirrorOptions, setting: Setting, register: impl FnOnce(&Ar
         observer,
         created_target,
         pacer: Pacer::new(options.speed_bytes_per_second),
-        counters: Counters::default(),
+        counters: Counters::from(resumed.unwrap_or_default()),
+        fresh_target: created_target && resumed.is_none(),
+        comparing: resumed.is_some_and(|resumed| resumed.compare),
+        intent: intent.clone(),
         state: Mutex::new(state),
         changed: Condvar::new(),
         live: Mutex::new(None),
         stopping: AtomicBool::new(false),
-        holding: AtomicBool::new(false),
+        holding: AtomicBool::new(resumed.is_some_and(|resumed| resumed.paused)),
         frozen: AtomicBool::new(false),
         supervisor_idle: AtomicBool::new(false),
         options,
@@ -114,6 +138,19 @@ pub fn start(options: MirrorOptions, setting: Setting, register: impl FnOnce(&Ar
     if volume.tracking().is_some() {
         return Err(Error::new(ErrorKind::Exists, "the disk is being mirrored already:").on(volume.name()));
     }
+    let disk = ByteRange::new(0, size_bytes);
+    let marked = match (&intent, resumed) {
+        // Under the barrier: no guest is between its bit and its mark.
+        (Some(intent), Some(_)) => {
+            let mut ranges = Vec::new();
+            intent.marked_ranges(|range| ranges.push(range));
+            ranges
+        }
+        _ => vec![disk],
+    };
+    if let Some(intent) = &intent {
+        volume.set_intent(&raised, intent.clone());
+    }
     volume.set_tracking(&raised, Some(tracking.clone()));
     drop(raised);
     let live = Live { source: volume.active(), target, tracking, map };
@@ -122,11 +159,13 @@ pub fn start(options: MirrorOptions, setting: Setting, register: impl FnOnce(&Ar
     job.events.emit(&JobEvent::StatusChange { job_id: job.id().to_owned(), status: JobStatus::Created });
     let supervised = job.clone();
     job.transition(JobStatus::Running);
-    let spawned = std::thread::Builder::new().name("mirror".into()).spawn(move || supervise::run(&supervised, live));
+    job.show_pause();
+    let spawned =
+        std::thread::Builder::new().name("mirror".into()).spawn(move || supervise::run(&supervised, live, marked));
     if let Err(error) = spawned {
         let error = Error::io("cannot start a thread for the mirror", &error);
         if let Some(raised) = volume.raise_barrier(None) {
-            volume.set_tracking(&raised, None);
+            volume.end_tracking(&raised);
         }
         job.observer.gone(&job);
         *job.live.lock() = None;

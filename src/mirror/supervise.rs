@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 use super::cutover::{Ending, MAX_PAUSE_DEFAULT};
 use super::job::{Job, Live, Verdict, Wish};
 use super::types::{CopyMode, JobEvent, JobStatus, Operation};
-use super::{copy, end, scan};
+use super::{clearing, copy, end, scan};
+use crate::range::ByteRange;
 use crate::sync::{Arc, wait_until};
 use crate::volume::target_queue::Ticket;
 
@@ -32,11 +33,12 @@ struct Convergence {
 }
 
 /// Runs a job from its start to its end.
-pub(super) fn run(job: &Arc<Job>, live: Live) {
+pub(super) fn run(job: &Arc<Job>, live: Live, parts: Vec<ByteRange>) {
+    clearing::attach(job, &live);
     let copiers = (job.options.buffer_bytes / copy::PIECE_BYTES).clamp(1, 4);
     start_thread(job, "scan", {
         let (job, live) = (job.clone(), live.clone());
-        move || scan::scan(&job, &live)
+        move || scan::scan(&job, &live, &parts)
     });
     for _ in 0..copiers {
         start_thread(job, "copy", {

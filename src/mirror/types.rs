@@ -90,7 +90,7 @@ pub enum CancelMode {
 }
 
 /// What a mirror is asked to do.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MirrorOptions {
     /// The job's id.
     pub job_id: String,

@@ -1,12 +1,12 @@
 //! The mount behind the control socket: its volumes, its jobs, its end.
 
-use std::time::Instant;
-
 use super::config::{Layout, MountConfig};
 use super::departure::Departure;
-use super::jobs::{Jobs, has_ended};
+use super::heartbeat::Heartbeat;
+use super::jobs::Jobs;
 use super::ledger::{Ledger, LedgerCommitter};
-use super::{plan, target};
+use super::plan;
+use super::unfinished::Unfinished;
 use crate::control::backend::{
     Backend, CutoverReport, CutoverRequest, GuestTraffic, Holder, MirrorPlan, MountStatus, SubscriptionId, VolumeStatus,
 };
@@ -15,8 +15,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::mirror::cutover::{Cutovers, Ending};
 use crate::mirror::events::EventHub;
 use crate::mirror::job::Job;
-use crate::mirror::types::{CancelMode, CopyMode, JobEvent, JobInfo, JobStatus, MirrorOptions};
-use crate::mirror::{self, Setting};
+use crate::mirror::types::{CancelMode, CopyMode, JobEvent, JobInfo, MirrorOptions};
+use crate::state::MirrorRecord;
 use crate::sync::{Arc, Mutex};
 use crate::volume::Volume;
 
@@ -28,11 +28,14 @@ pub(super) struct Server {
     pub(super) ledger: Arc<Ledger>,
     pub(super) departure: Departure,
     keeper_pid: u32,
-    events: Arc<EventHub>,
-    cutovers: Arc<Cutovers>,
-    jobs: Arc<Jobs>,
+    pub(super) events: Arc<EventHub>,
+    pub(super) cutovers: Arc<Cutovers>,
+    pub(super) jobs: Arc<Jobs>,
+    /// Mirrors that a server before this one did not finish, and that wait for their targets.
+    pub(super) unfinished: Mutex<Vec<Arc<Unfinished>>>,
+    pub(super) heartbeat: Heartbeat,
     /// One start of a mirror at a time.
-    starting: Mutex<()>,
+    pub(super) starting: Mutex<()>,
 }
 
 impl Server {
@@ -47,7 +50,7 @@ impl Server {
         let cutovers = Cutovers::new(Arc::new(LedgerCommitter(ledger.clone())));
         let jobs = Jobs::new(ledger.clone());
         let events = Arc::new(EventHub::default());
-        let starting = Mutex::new(());
+        let (starting, unfinished) = (Mutex::new(()), Mutex::default());
         for volume in &volumes {
             let (ledger, weak) = (ledger.clone(), Arc::downgrade(volume));
             volume.on_shown_changed(move || {
@@ -56,7 +59,20 @@ impl Server {
                 }
             });
         }
-        Arc::new(Server { config, volumes, devices, ledger, departure, keeper_pid, events, cutovers, jobs, starting })
+        Arc::new(Server {
+            config,
+            volumes,
+            devices,
+            ledger,
+            departure,
+            keeper_pid,
+            events,
+            cutovers,
+            jobs,
+            unfinished,
+            heartbeat: Heartbeat::default(),
+            starting,
+        })
     }
 
     /// The disks' paths, in mount order.
@@ -82,13 +98,49 @@ impl Server {
     }
 
     fn job(&self, id: &str) -> Result<Arc<Job>> {
-        self.jobs.find(id).ok_or_else(|| Error::new(ErrorKind::NotFound, "Job not found"))
+        if let Some(job) = self.jobs.find(id) {
+            return Ok(job);
+        }
+        match self.unfinished_of(id) {
+            Some((left, record)) => {
+                let info = left.info(&record);
+                let why = info.last_error.unwrap_or_else(|| "its target is being opened".to_owned());
+                let error = Error::not_now(format!("the mirror of {} waits: {why}", left.volume.name()));
+                Err(error.advise("'livemirror resume' tries again, 'livemirror cancel' gives up"))
+            }
+            None => Err(Error::new(ErrorKind::NotFound, "Job not found")),
+        }
+    }
+
+    /// Writes down how a job that runs, or waits for its target, is to go on.
+    fn record_change(&self, job_id: &str, change: impl FnOnce(&mut MirrorRecord)) {
+        let volume = match self.jobs.find(job_id) {
+            Some(job) => job.volume().clone(),
+            None => match self.unfinished_of(job_id) {
+                Some((left, _)) => left.volume.clone(),
+                None => return,
+            },
+        };
+        if let Err(error) = self.ledger.change_mirror(volume.name(), change) {
+            log::warn!("{error}");
+        }
+    }
+
+    /// The mirror of `volume`, also one that waits for its target.
+    pub(super) fn mirror_of(&self, volume: &Volume) -> Option<JobInfo> {
+        let running = self.jobs.running(volume).map(|job| job.info());
+        running.or_else(|| {
+            let list = self.unfinished.lock();
+            let left = list.iter().find(|left| std::ptr::eq(&*left.volume, volume))?.clone();
+            drop(list);
+            Some(left.info(&self.ledger.mirror(volume.name())?))
+        })
     }
 
     fn volume_status(&self, volume: &Arc<Volume>) -> VolumeStatus {
         let (read_bytes, written_bytes) = volume.traffic();
         // Before the record: a mirror that ends is recorded first and gone then, so that who sees it gone sees how it ended.
-        let mirror = self.jobs.running(volume).map(|job| job.info());
+        let mirror = self.mirror_of(volume);
         let recorded = self.ledger.volume(volume.name());
         let active = volume.active();
         VolumeStatus {
@@ -104,50 +156,11 @@ impl Server {
         }
     }
 
-    /// Ends every mirror because the mount ends: one that is ready leaves a consistent copy, others are given up.
-    pub(super) fn end_jobs(&self) {
-        let jobs = self.jobs.all();
-        for job in jobs.iter().filter(|job| !has_ended(job.status())) {
-            // What was a copy once is kept, also where a pause keeps it from being brought up to date.
-            let keep = job.info().ready;
-            let mode = if job.status() == JobStatus::Ready { CancelMode::Soft } else { CancelMode::Force };
-            log::info!("job {}: ends with the mount", job.id());
-            if job.cancel(mode, keep).is_ok() && !job.wait_ended(Some(Instant::now() + super::departure::JOB_PATIENCE))
-            {
-                // A ready job whose target does not answer any more.
-                let _ = job.cancel(CancelMode::Force, true);
-            }
-        }
-    }
-
     /// Makes everything durable that guests wrote.
     pub(super) fn flush_all(&self) {
         for volume in &self.volumes {
             if let Err(error) = volume.flush() {
                 log::error!("{error}");
-            }
-        }
-    }
-
-    fn start_job(&self, volume: &Arc<Volume>, options: &MirrorOptions) -> Result<()> {
-        let target = target::prepare(volume, &self.volumes, options, &self.config)?;
-        self.ledger.tell_apart(&*target.image, &*volume.active());
-        let setting = Setting {
-            volume: volume.clone(),
-            target: target.image.clone(),
-            created_target: target.created,
-            events: self.events.clone(),
-            cutovers: self.cutovers.clone(),
-            observer: self.jobs.clone(),
-        };
-        let registered = |job: &Arc<Job>| self.jobs.add(job.clone());
-        let recorded = self.ledger.mirror_starts(volume.name(), &options.target);
-        match recorded.and_then(|()| mirror::start(options.clone(), setting, registered)) {
-            Ok(_) => Ok(()),
-            Err(error) => {
-                self.ledger.mirror_did_not_start(volume.name());
-                target::discard(&target);
-                Err(error)
             }
         }
     }
@@ -204,9 +217,11 @@ impl Backend for Server {
             let text = format!("Job ID '{}' already in use", options.job_id);
             return Err(Error::new(ErrorKind::Exists, text).advise("'livemirror cancel' ends a mirror"));
         }
-        if let Some(job) = self.jobs.running(volume) {
-            let text = format!("Need a root block node: {} is being mirrored by job {}", volume.name(), job.id());
-            return Err(Error::new(ErrorKind::Exists, text).advise("'livemirror cancel' ends it"));
+        if let Some(job) = self.mirror_of(volume) {
+            let (name, id, target) = (volume.name(), job.job_id, job.target);
+            let text = format!("Need a root block node: {name} is being mirrored by job {id} to {target}");
+            let advice = "'livemirror cancel' ends it, 'livemirror mirror --restart' begins anew";
+            return Err(Error::new(ErrorKind::Exists, text).advise(advice));
         }
         // Else a guest could change the size between the making of the target and the start of the tracking.
         let _pinned = volume.pin_size();
@@ -218,20 +233,37 @@ impl Backend for Server {
     }
 
     fn jobs(&self) -> Vec<JobInfo> {
-        let jobs = self.jobs.all();
-        jobs.iter().map(|job| job.info()).collect()
+        let mut infos: Vec<_> = self.jobs.all().iter().map(|job| job.info()).collect();
+        let waiting = self.unfinished.lock().clone();
+        let info = |left: &Arc<Unfinished>| Some(left.info(&self.ledger.mirror(left.volume.name())?));
+        infos.extend(
+            waiting.iter().filter_map(info).filter(|one| self.jobs.find(&one.job_id).is_none()).collect::<Vec<_>>(),
+        );
+        infos
     }
 
     fn pause(&self, job_id: &str) -> Result<()> {
-        self.job(job_id)?.pause()
+        if self.unfinished_of(job_id).is_none() || self.jobs.find(job_id).is_some() {
+            self.job(job_id)?.pause()?;
+        }
+        self.record_change(job_id, |record| record.paused = true);
+        Ok(())
     }
 
     fn resume(&self, job_id: &str) -> Result<()> {
-        self.job(job_id)?.resume()
+        match self.unfinished_of(job_id) {
+            Some((left, _)) if self.jobs.find(job_id).is_none() => left.hurry(),
+            _ => self.job(job_id)?.resume()?,
+        }
+        self.record_change(job_id, |record| record.paused = false);
+        Ok(())
     }
 
     fn cancel(&self, job_id: &str, mode: CancelMode, keep_target: bool) -> Result<()> {
-        self.job(job_id)?.cancel(mode, keep_target)
+        match self.unfinished_of(job_id) {
+            Some((left, record)) if self.jobs.find(job_id).is_none() => self.give_up(&left, &record),
+            _ => self.job(job_id)?.cancel(mode, keep_target),
+        }
     }
 
     fn complete(&self, job_id: &str) -> Result<()> {
@@ -247,11 +279,19 @@ impl Backend for Server {
     }
 
     fn set_speed(&self, job_id: &str, bytes_per_second: u64) -> Result<()> {
-        self.job(job_id)?.set_speed(bytes_per_second)
+        if self.unfinished_of(job_id).is_none() || self.jobs.find(job_id).is_some() {
+            self.job(job_id)?.set_speed(bytes_per_second)?;
+        }
+        self.record_change(job_id, |record| record.options.speed_bytes_per_second = bytes_per_second);
+        Ok(())
     }
 
     fn set_copy_mode(&self, job_id: &str, mode: CopyMode) -> Result<()> {
-        self.job(job_id)?.set_copy_mode(mode)
+        if self.unfinished_of(job_id).is_none() || self.jobs.find(job_id).is_some() {
+            self.job(job_id)?.set_copy_mode(mode)?;
+        }
+        self.record_change(job_id, |record| record.options.copy_mode = mode);
+        Ok(())
     }
 
     fn cutover(&self, request: &CutoverRequest) -> Result<Vec<CutoverReport>> {

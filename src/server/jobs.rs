@@ -54,11 +54,16 @@ impl Jobs {
 }
 
 impl JobObserver for Jobs {
+    fn unpairing(&self, job: &Job) {
+        self.ledger.unpair(job.volume(), job.target_image().as_deref());
+    }
+
     fn ended(&self, job: &Job, outcome: &LastMirror) {
         if outcome.result != MirrorResult::Completed {
             self.ledger.unpark(&outcome.target);
         }
         self.ledger.mirror_ended(job.volume().name(), outcome);
+        self.ledger.remove_old_logs();
     }
 
     fn gone(&self, job: &Job) {

@@ -6,16 +6,16 @@ use super::opening::locked_descriptor;
 use crate::error::{Error, Result};
 use crate::fuse::KeeperLink;
 use crate::image::{DescriptorRole, Image, sync_parent_directory};
-use crate::mirror::cutover::{CommitFailure, Committer, PreparedRecord, Switch};
-use crate::mirror::types::LastMirror;
+use crate::mirror::cutover::{CommitFailure, Committer, Ending, PreparedRecord, Switch};
+use crate::mirror::types::{LastMirror, MirrorResult};
 use crate::state::{CommitError, Mark, Marks, MountState, Prepared, Store, VolumeState};
 use crate::sync::{Arc, Mutex};
 use crate::volume::Volume;
 
 /// See the module.
 pub(super) struct Ledger {
-    store: Store,
-    marks: Marks,
+    pub(super) store: Store,
+    pub(super) marks: Marks,
     link: Arc<KeeperLink>,
     state: Mutex<MountState>,
 }
@@ -61,7 +61,7 @@ impl Ledger {
         self.store.save(&state).map_err(Error::from)
     }
 
-    /// Remembers that a mirror runs: should this server die, the next one says that the mirror died with it.
+    /// Remembers that a mirror runs that cannot be resumed: should this server die, the next one says that the mirror died with it.
     ///
     /// # Errors
     /// The record cannot be written.
@@ -73,16 +73,40 @@ impl Ledger {
         })
     }
 
-    /// Takes back what [`Ledger::mirror_starts`] wrote, of a mirror that did not start.
-    pub(super) fn mirror_did_not_start(&self, volume: &str) {
+    /// Writes down that a mirror that was unfinished cannot go on.
+    pub(super) fn mirror_is_lost(&self, volume: &str) {
         let saved = self.change(|state| {
             if let Some(volume) = state.volume_mut(volume) {
-                volume.mirror_target = None;
+                volume.mirror = None;
+                volume.mirror_died();
             }
         });
         if let Err(error) = saved {
             log::error!("{error}");
         }
+    }
+
+    /// Takes back what was written of a mirror that did not start.
+    pub(super) fn mirror_did_not_start(&self, volume: &str) {
+        let saved = self.change(|state| {
+            if let Some(volume) = state.volume_mut(volume) {
+                volume.mirror_target = None;
+                volume.mirror = None;
+            }
+        });
+        if let Err(error) = saved {
+            log::error!("{error}");
+        }
+        self.remove_old_logs();
+    }
+
+    /// Removes the intent logs of mirrors that are over.
+    pub(super) fn remove_old_logs(&self) {
+        let state = self.state.lock();
+        let unfinished = state.volumes.iter().filter_map(|volume| volume.mirror.as_ref());
+        let jobs: Vec<String> = unfinished.map(|record| record.job.clone()).collect();
+        drop(state);
+        self.store.remove_intent_logs_but(&jobs);
     }
 
     /// Remembers how a mirror ended.
@@ -91,6 +115,7 @@ impl Ledger {
             if let Some(volume) = state.volume_mut(volume) {
                 volume.last_mirror = Some(outcome.clone());
                 volume.mirror_target = None;
+                volume.mirror = None;
             }
         });
         if let Err(error) = saved {
@@ -128,10 +153,21 @@ impl Ledger {
         }
     }
 
-    /// The record with `switches` made. Generations rise above every mark that the new images carry.
-    fn with(&self, state: &MountState, switches: &[Switch]) -> Result<MountState> {
+    /// The record with `switches` made, or their mirrors ended without one. Generations rise above every mark that the new images
+    /// carry.
+    fn with(&self, state: &MountState, switches: &[Switch], ending: Ending) -> Result<MountState> {
         let mut next = state.clone();
         for switch in switches {
+            let result = match ending {
+                Ending::Switch => MirrorResult::Completed,
+                Ending::Copy => MirrorResult::Finished,
+            };
+            if let Some(volume) = next.volume_mut(switch.volume.name()) {
+                volume.mirror_ended(switch.new.name(), result);
+            }
+            if ending == Ending::Copy {
+                continue;
+            }
             let identity = switch.new.identity()?;
             let mark = match locked_descriptor(&*switch.new) {
                 Some(descriptor) => self.marks.read_mark(descriptor, &identity).unwrap_or(None),
@@ -149,9 +185,9 @@ impl Ledger {
 }
 
 impl Committer for LedgerCommitter {
-    fn prepare(&self, switches: &[Switch]) -> Result<Box<dyn PreparedRecord>> {
+    fn prepare(&self, switches: &[Switch], ending: Ending) -> Result<Box<dyn PreparedRecord>> {
         let ledger = &self.0;
-        for switch in switches {
+        for switch in switches.iter().filter(|_| ending == Ending::Switch) {
             if let Some(descriptor) = locked_descriptor(&*switch.new) {
                 ledger.marks.ensure_id(descriptor)?;
             }
@@ -163,7 +199,7 @@ impl Committer for LedgerCommitter {
         }
         // Under the lock: a change of the record after the copy was taken is noticed by the commit.
         let state = ledger.state.lock();
-        let next = ledger.with(&state, switches)?;
+        let next = ledger.with(&state, switches, ending)?;
         let prepared = ledger.store.prepare(&next)?;
         drop(state);
         Ok(Box::new(LedgerRecord { ledger: ledger.clone(), prepared, next }))
@@ -179,7 +215,7 @@ impl Committer for LedgerCommitter {
 
     fn settle(&self, switches: &[Switch], made: bool) -> Result<()> {
         let mut state = self.0.state.lock();
-        let next = if made { self.0.with(&state, switches)? } else { state.clone() };
+        let next = if made { self.0.with(&state, switches, Ending::Switch)? } else { state.clone() };
         self.0.store.save(&next).map_err(Error::from)?;
         *state = next;
         Ok(())
@@ -189,8 +225,10 @@ impl Committer for LedgerCommitter {
         for switch in switches {
             self.0.unpark(switch.old.name());
             for image in [&switch.old, &switch.new] {
-                let durable = locked_descriptor(&**image).map(|descriptor| self.0.marks.make_durable(descriptor));
-                if let Some(Err(error)) = durable {
+                let Some(descriptor) = locked_descriptor(&**image) else { continue };
+                let marks = &self.0.marks;
+                let settled = marks.clear_pair(descriptor).and_then(|()| marks.make_durable(descriptor));
+                if let Err(error) = settled {
                     log::warn!("{error}");
                 }
             }

@@ -9,13 +9,17 @@
 mod backend;
 pub mod config;
 mod departure;
+mod heartbeat;
 mod jobs;
 mod ledger;
+mod mirrors;
 mod opening;
+mod pairing;
 mod plan;
 mod run;
 mod target;
 #[cfg(test)]
 mod tests;
+mod unfinished;
 
 pub use run::main;

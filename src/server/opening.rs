@@ -20,6 +20,17 @@ const STEPS_MAX: usize = 32;
 pub(super) struct OpenedVolume {
     pub(super) image: Arc<dyn Image>,
     pub(super) state: VolumeState,
+    /// The keeper has kept the image locked since the last server used it.
+    pub(super) held: bool,
+    /// The locked descriptor of the target of an unfinished mirror, where the keeper has kept it.
+    pub(super) parked_target: Option<OwnedFd>,
+}
+
+impl OpenedVolume {
+    /// What the target of an unfinished mirror is called.
+    pub(super) fn target_name(&self) -> Option<&str> {
+        self.state.mirror.as_ref().map(|record| record.options.target.as_str())
+    }
 }
 
 /// The descriptor that carries an image's locks, if it has descriptors.
@@ -77,6 +88,7 @@ pub(super) fn open_first(
 /// # Errors
 /// The image cannot be opened.
 pub(super) fn open_again(config: &MountConfig, state: &VolumeState, parked: Option<OwnedFd>) -> Result<OpenedVolume> {
+    let held = parked.is_some();
     let options = OpenOptions {
         format: Some(state.format),
         writable: !config.read_only,
@@ -91,7 +103,7 @@ pub(super) fn open_again(config: &MountConfig, state: &VolumeState, parked: Opti
     }
     let mut state = state.clone();
     state.mirror_died();
-    Ok(OpenedVolume { image, state })
+    Ok(OpenedVolume { image, state, held, parked_target: None })
 }
 
 /// Marks an image that a volume has left, if it is still at its path and no newer mark says more.
@@ -223,7 +235,8 @@ fn settle_on(
         shown: known.and_then(|known| known.shown),
         last_mirror: known.and_then(|known| known.last_mirror.clone()),
         mirror_target: known.and_then(|known| known.mirror_target.clone()),
+        mirror: known.and_then(|known| known.mirror.clone()),
     };
     state.mirror_died();
-    Ok(OpenedVolume { image, state })
+    Ok(OpenedVolume { image, state, held: false, parked_target: None })
 }

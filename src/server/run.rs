@@ -17,6 +17,7 @@ use super::config::MountConfig;
 use super::departure::Departure;
 use super::ledger::{Ledger, parking_name};
 use super::opening::{OpenedVolume, open_again, open_first};
+use super::pairing::look_at_source;
 use crate::control::device_names;
 use crate::control::server::ControlServer;
 use crate::error::{Error, ErrorKind, Result};
@@ -50,10 +51,15 @@ pub fn main() -> u8 {
 
 fn serve(link: &Arc<KeeperLink>) -> Result<()> {
     let start = link.receive_start()?;
-    let config = start.config.clone();
+    let (config, first) = (start.config.clone(), start.first);
     let (ledger, opened, new_state) = prepare(link, start)?;
-    let volumes: Vec<_> = opened.into_iter().map(|one| volume(&config, one)).collect();
-    let result = run(link, &config, ledger, volumes);
+    let mut targets = Vec::new();
+    let mut volumes = Vec::new();
+    for mut one in opened {
+        targets.push(one.parked_target.take());
+        volumes.push(volume(&config, one));
+    }
+    let result = run(link, &config, ledger, volumes, targets, first);
     if result.is_err() && new_state {
         // Nothing was ever mounted there: no trace stays.
         let _ = Store::open_existing(&config.state_dir, nix::unistd::geteuid().as_raw())
@@ -93,6 +99,13 @@ pub(super) fn prepare(link: &Arc<KeeperLink>, start: Start) -> Result<(Arc<Ledge
             (true, _) => open_first(&config, volume, recorded.as_ref(), &marks)?,
         });
     }
+    let store = match claimed {
+        Some(store) => store,
+        None => Store::open(&config.state_dir)?.claim()?,
+    };
+    if !config.read_only {
+        look_at_pairs(&mut opened, &store, &marks);
+    }
     let state = MountState {
         mountpoint: config.mountpoint.clone(),
         restarts,
@@ -100,10 +113,6 @@ pub(super) fn prepare(link: &Arc<KeeperLink>, start: Start) -> Result<(Arc<Ledge
         volumes: opened.iter().map(|one| one.state.clone()).collect(),
     };
     let new_state = first && recorded.is_none();
-    let store = match claimed {
-        Some(store) => store,
-        None => Store::open(&config.state_dir)?.claim()?,
-    };
     if first {
         store.remove_leftovers();
     }
@@ -118,15 +127,33 @@ pub(super) fn prepare(link: &Arc<KeeperLink>, start: Start) -> Result<(Arc<Ledge
     for one in &opened {
         ledger.park(&*one.image);
     }
-    // Of a mirror that the last server did not end: nobody uses its target any more.
+    // What is parked beyond the images and the targets of unfinished mirrors is used by nobody any more.
+    let targets: Vec<_> = opened.iter().map(|one| one.target_name().map(str::to_owned)).collect();
+    for (one, target) in opened.iter_mut().zip(&targets) {
+        one.parked_target = target.as_ref().and_then(|target| take_parked(&mut parked, target));
+    }
     for (name, _, _) in parked {
         if let Some(image) = name.strip_prefix(&parking_name("")) {
-            if !opened.iter().any(|one| one.image.name() == image) {
+            let used = opened.iter().any(|one| one.image.name() == image)
+                || targets.iter().flatten().any(|target| target == image);
+            if !used {
                 ledger.unpark(image);
             }
         }
     }
     Ok((ledger, opened, new_state))
+}
+
+/// Whether sources of unfinished mirrors are as they were left: looked at before anybody uses them (rule 11).
+fn look_at_pairs(opened: &mut [OpenedVolume], store: &Store, marks: &Marks) {
+    let pulse_ns = store.pulse().map(|pulse| pulse.when_ns);
+    for one in opened {
+        if let Some(record) = &mut one.state.mirror {
+            record.source_stamp = record.source_stamp.after_death(pulse_ns);
+            record.target_stamp = record.target_stamp.after_death(pulse_ns);
+            look_at_source(record, &*one.image, marks, one.held);
+        }
+    }
 }
 
 fn take_parked(parked: &mut Vec<(String, DescriptorRole, OwnedFd)>, image: &str) -> Option<OwnedFd> {
@@ -136,7 +163,7 @@ fn take_parked(parked: &mut Vec<(String, DescriptorRole, OwnedFd)>, image: &str)
 }
 
 fn volume(config: &MountConfig, opened: OpenedVolume) -> Arc<Volume> {
-    let OpenedVolume { image, state } = opened;
+    let OpenedVolume { image, state, .. } = opened;
     let options = VolumeOptions {
         name: state.name,
         id: state.id,
@@ -148,9 +175,19 @@ fn volume(config: &MountConfig, opened: OpenedVolume) -> Arc<Volume> {
     Arc::new(Volume::new(options, image).with_size(size_bytes))
 }
 
-fn run(link: &Arc<KeeperLink>, config: &MountConfig, ledger: Arc<Ledger>, volumes: Vec<Arc<Volume>>) -> Result<()> {
+fn run(
+    link: &Arc<KeeperLink>,
+    config: &MountConfig,
+    ledger: Arc<Ledger>,
+    volumes: Vec<Arc<Volume>>,
+    targets: Vec<Option<OwnedFd>>,
+    first: bool,
+) -> Result<()> {
     let keeper_pid = nix::unistd::getppid().as_raw().unsigned_abs();
     let server = Server::new(config.clone(), volumes.clone(), ledger, Departure::new(link.clone()), keeper_pid);
+    if !config.read_only {
+        server.find_unfinished(targets, first);
+    }
     let control = ControlServer::start(&config.control, server.clone())?;
     let connection = link.opened()?;
     let disks = Disks { layout: config.layout, volumes: volumes.clone() };
@@ -163,13 +200,15 @@ fn run(link: &Arc<KeeperLink>, config: &MountConfig, ledger: Arc<Ledger>, volume
     log::info!("serving {}", config.mountpoint.display());
     if !config.read_only {
         volumes.iter().for_each(|volume| server.ledger.renew_marks(volume));
+        server.go_on()?;
     }
 
     let ended = session.wait();
-    if ended.is_ok() {
-        server.end_jobs();
-    }
+    server.heartbeat.end();
     server.flush_all();
+    if ended.is_ok() {
+        server.suspend_jobs();
+    }
     if ended.is_ok() {
         clean_up(config, &volumes);
     }

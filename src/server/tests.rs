@@ -10,7 +10,7 @@ use super::{run, target};
 use crate::error::{Error, ErrorKind};
 use crate::fuse::{KeeperLink, Start};
 use crate::image::{CacheMode, Image, OpenOptions, Role, open};
-use crate::mirror::cutover::{Committer, Switch};
+use crate::mirror::cutover::{Committer, Ending, Switch};
 use crate::mirror::types::MirrorOptions;
 use crate::state::{Mark, Marks, MountState, Store};
 use crate::sync::Arc;
@@ -85,7 +85,7 @@ impl World {
         let (ledger, _other) = self.ledger(&opened);
         let switches = [Switch { volume: volume(opened.image.clone()), old: opened.image, new: self.image(to) }];
         let committer = LedgerCommitter(ledger);
-        assert!(committer.prepare(&switches).unwrap().commit().is_ok());
+        assert!(committer.prepare(&switches, Ending::Switch).unwrap().commit().is_ok());
         if supersede {
             committer.supersede(&switches);
         }

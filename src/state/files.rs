@@ -191,6 +191,23 @@ impl Directory {
     /// # Errors
     /// It cannot be written; then nothing is left of it.
     pub(super) fn stage(self: &Arc<Self>, name: &str, bytes: &[u8]) -> Result<Staged> {
+        let (staged, file) = self.write_aside(name, bytes)?;
+        let sync = self.faults.check(Step::SyncFile).and_then(|()| file.sync_all());
+        sync.map_err(|error| self.error("cannot make durable", &staged.aside, &error))?;
+        Ok(staged)
+    }
+
+    /// Replaces the file `name` at once; not durable, and after a power cut perhaps damaged.
+    ///
+    /// # Errors
+    /// It cannot be written; the old one is in place then.
+    pub(super) fn replace(self: &Arc<Self>, name: &str, bytes: &[u8]) -> Result<()> {
+        let (staged, _) = self.write_aside(name, bytes)?;
+        let renamed = renameat(&self.fd, staged.aside.as_str(), &self.fd, name);
+        renamed.map_err(|errno| self.error("cannot replace", name, &errno.into()))
+    }
+
+    fn write_aside(self: &Arc<Self>, name: &str, bytes: &[u8]) -> Result<(Staged, File)> {
         static NUMBER: AtomicU64 = AtomicU64::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let aside = format!("{name}.{}.{number}{SUFFIX}", std::process::id());
@@ -203,9 +220,7 @@ impl Directory {
         let staged = Staged { directory: Arc::clone(self), aside: aside.clone(), name: name.to_owned() };
         let write = self.faults.check(Step::Write).and_then(|()| file.write_all(bytes));
         write.map_err(|error| failed("cannot write", &error))?;
-        let sync = self.faults.check(Step::SyncFile).and_then(|()| file.sync_all());
-        sync.map_err(|error| failed("cannot make durable", &error))?;
-        Ok(staged)
+        Ok((staged, file))
     }
 
     /// Removes what processes that were killed left behind while they staged `name`. Only for whoever is its one writer.

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `user.livemirror.id` | a random id: which image this is, whatever it is called |
 //! | `user.livemirror.superseded` | a [`Mark`]: the volume lives on another image now |
+//! | `user.livemirror.pair` | a [`PairMark`]: it is source or target of an unfinished mirror (rule 11) |
 //!
 //! Block devices and some file systems have no user xattrs. There a mark is a file in a registry, `superseded/` in the
 //! state base directory, named after what is known of the image. Both places are asked; **the highest generation wins**. Marks are
@@ -22,11 +23,13 @@ use crate::sync::Arc;
 
 use super::envelope::Kind;
 use super::files::Directory;
+use super::pair::PairMark;
 use super::paths;
 use super::record::random_id;
 
 const ID: &str = "user.livemirror.id";
 const SUPERSEDED: &str = "user.livemirror.superseded";
+const PAIR: &str = "user.livemirror.pair";
 const KIND: Kind = Kind { name: "superseded", version: 1 };
 
 /// What a superseded image says.
@@ -146,6 +149,43 @@ impl Marks {
             Some(directory) => directory.remove(&file_name(image, identity)),
             None => Ok(()),
         }
+    }
+
+    /// What the image says of the pair that it belongs to. `None`: nothing, or nothing that can be read, or it has no xattrs.
+    ///
+    /// # Errors
+    /// Reading fails.
+    pub fn read_pair(&self, image: BorrowedFd<'_>) -> Result<Option<PairMark>> {
+        Ok(read_xattr(image, PAIR)?.and_then(|bytes| serde_json::from_slice(&bytes).ok()))
+    }
+
+    /// Ties the image to a pair. False where there are no xattrs: then nothing speaks for the image at the next start.
+    ///
+    /// # Errors
+    /// Writing fails.
+    pub fn write_pair(&self, image: BorrowedFd<'_>, mark: &PairMark) -> Result<bool> {
+        let text = serde_json::to_vec(mark).map_err(|error| Error::new(ErrorKind::Failed, error.to_string()))?;
+        match xattr::set_deref(by_descriptor(image), PAIR, &text) {
+            Ok(()) => Ok(true),
+            Err(error) if cannot_be_kept_here(&error) => Ok(false),
+            Err(error) => {
+                Err(Error::io("cannot write the attribute user.livemirror.pair of", &error).on(name_of(image)))
+            }
+        }
+    }
+
+    /// Unties the image. Nothing to do if it is tied to nothing.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn clear_pair(&self, image: BorrowedFd<'_>) -> Result<()> {
+        if read_xattr(image, PAIR)?.is_none() {
+            return Ok(());
+        }
+        let removed = xattr::remove_deref(by_descriptor(image), PAIR);
+        removed.map_err(|error| {
+            Error::io("cannot remove the attribute user.livemirror.pair of", &error).on(name_of(image))
+        })
     }
 
     /// Makes durable what [`Marks::ensure_id`], [`Marks::supersede`] and [`Marks::clear`] changed on the image. Writes out

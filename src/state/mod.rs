@@ -1,14 +1,17 @@
 //! What survives a restart.
 //!
 //! - [`record`] and [`store`]: which images the disks of a mount live on, replaced as a whole (rule 15);
-//! - [`marks`]: what is written on the images themselves (rule 10);
+//! - [`marks`]: what is written on the images themselves (rules 10 and 11);
+//! - [`pair`] and [`pulse`]: whether an unfinished mirror may go on where it stopped (rule 11);
 //! - [`runtime`]: how the command line finds a running mount;
 //! - [`paths`]: where all of it lies;
 //! - `envelope` and `files`: the format, and the replacing.
 mod envelope;
 mod files;
 pub mod marks;
+pub mod pair;
 pub mod paths;
+pub mod pulse;
 pub mod record;
 pub mod runtime;
 pub mod store;
@@ -16,6 +19,8 @@ pub mod store;
 mod tests;
 
 pub use marks::{Mark, Marks};
-pub use record::{FormerImage, MountState, VolumeState, random_id};
+pub use pair::{Observation, PairMark, Stamp};
+pub use pulse::{Counts, Pulse};
+pub use record::{FormerImage, MirrorRecord, MountState, VolumeState, random_id};
 pub use runtime::{RuntimeRecord, RuntimeVolume};
 pub use store::{CommitError, Prepared, Store};

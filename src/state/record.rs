@@ -7,9 +7,10 @@ use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
+use super::pair::{PairMark, Stamp};
 use crate::error::{Error, Result};
 use crate::image::{Format, Identity};
-use crate::mirror::types::{LastMirror, MirrorResult};
+use crate::mirror::types::{LastMirror, MirrorOptions, MirrorResult};
 use crate::volume::ShownAttributes;
 
 /// The mount.
@@ -51,9 +52,44 @@ pub struct VolumeState {
     pub shown: Option<ShownAttributes>,
     /// How the last mirror ended.
     pub last_mirror: Option<LastMirror>,
-    /// The target of the mirror that runs. A server that finds one at its start knows that the last one died with it.
+    /// The target of the mirror that runs. A server that finds one at its start, and no [`VolumeState::mirror`], knows that it died
+    /// with the last one.
     #[serde(default)]
     pub mirror_target: Option<String>,
+    /// The mirror that runs, as far as it can be resumed.
+    #[serde(default)]
+    pub mirror: Option<MirrorRecord>,
+}
+
+/// An unfinished mirror, to be resumed by the next server.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MirrorRecord {
+    /// Random; the intent log and the pair's marks carry it.
+    pub job: String,
+    /// As asked for, and as changed since; with the granularity that was chosen.
+    pub options: MirrorOptions,
+    /// The user has paused it.
+    pub paused: bool,
+    /// The target was made for it.
+    pub created_target: bool,
+    /// Which image the target is.
+    pub target_identity: Identity,
+    /// The disk's size when it began; it stays.
+    pub size_bytes: u64,
+    /// In the marks of both images too (rule 11).
+    pub generation: u64,
+    /// The images' marks may still carry the generation before: it is being raised.
+    pub raising: bool,
+    /// The source can carry a mark: its file system has attributes.
+    pub source_marked: bool,
+    /// The target can.
+    pub target_marked: bool,
+    /// The source's last change.
+    pub source_stamp: Stamp,
+    /// The target's.
+    pub target_stamp: Stamp,
+    /// Why everything is compared, where the map is not trusted.
+    pub compare: Option<String>,
 }
 
 /// An image that a volume has left.
@@ -65,6 +101,22 @@ pub struct FormerImage {
     pub identity: Identity,
     /// The volume's generation since it was left; its mark has the same.
     pub generation: u64,
+}
+
+impl MirrorRecord {
+    /// Why an image that says `mark` is not the one that was paired; `None`: it is. `marked`: it could carry a mark.
+    pub fn mismatch(&self, marked: bool, mark: Option<&PairMark>) -> Option<String> {
+        match mark {
+            None if !marked => None,
+            None => Some("it does not say that it belongs to this mirror".to_owned()),
+            Some(mark) if mark.job != self.job => Some("it belongs to another mirror".to_owned()),
+            Some(mark) => {
+                let before = self.generation.checked_sub(1).filter(|_| self.raising);
+                let known = mark.generation == self.generation || Some(mark.generation) == before;
+                (!known).then(|| format!("it is of generation {}, not {}", mark.generation, self.generation))
+            }
+        }
+    }
 }
 
 impl MountState {
@@ -80,19 +132,33 @@ impl MountState {
 }
 
 impl VolumeState {
-    /// Writes down that the mirror that ran, if one did, died with its server.
+    /// Writes down that the mirror that ran, if one did that cannot be resumed, died with its server.
     pub fn mirror_died(&mut self) {
-        if let Some(target) = self.mirror_target.take() {
-            let text = "the server died while the mirror ran; the target is not a copy: start the mirror again";
-            self.last_mirror = Some(LastMirror {
-                target,
-                result: MirrorResult::Failed,
-                consistent: false,
-                error: Some(text.to_owned()),
-                pause_ms: None,
-                ended: humantime::format_rfc3339_seconds(std::time::SystemTime::now()).to_string(),
-            });
+        if self.mirror.is_some() {
+            return;
         }
+        if let Some(target) = self.mirror_target.take() {
+            let text = "the server died while the mirror ran, which could not be resumed any more; the target is not a copy: \
+                        start the mirror again";
+            self.mirror_ended(&target, MirrorResult::Failed);
+            if let Some(last) = &mut self.last_mirror {
+                last.error = Some(text.to_owned());
+            }
+        }
+    }
+
+    /// Writes down that the mirror to `target` is over.
+    pub fn mirror_ended(&mut self, target: &str, result: MirrorResult) {
+        self.mirror_target = None;
+        self.mirror = None;
+        self.last_mirror = Some(LastMirror {
+            target: target.to_owned(),
+            result,
+            consistent: matches!(result, MirrorResult::Completed | MirrorResult::Finished),
+            error: None,
+            pause_ms: None,
+            ended: humantime::format_rfc3339_seconds(std::time::SystemTime::now()).to_string(),
+        });
     }
 
     /// What a cutover writes down: `active` is the image from now on, the one before is superseded, the generation is raised.
@@ -105,6 +171,7 @@ impl VolumeState {
         let former = FormerImage { path, identity: std::mem::replace(&mut self.active_identity, identity), generation };
         self.format = format;
         self.mirror_target = None;
+        self.mirror = None;
         self.generation = generation;
         // An image that becomes active again is no longer a former one.
         self.superseded.retain(|other| other.path != self.active && other.path != former.path);

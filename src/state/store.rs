@@ -18,6 +18,7 @@ use crate::sync::{Arc, Mutex};
 
 use super::envelope::Kind;
 use super::files::{Directory, Staged};
+use super::pulse::{self, Pulse};
 use super::record::MountState;
 
 pub use super::files::CommitError;
@@ -25,6 +26,7 @@ pub use super::files::CommitError;
 /// The name of the record in the state directory.
 pub const FILE_NAME: &str = "mount.state";
 const KIND: Kind = Kind { name: "mount-state", version: 1 };
+const INTENT_PREFIX: &str = "intent-";
 
 /// The state of one mount on disk.
 #[derive(Clone)]
@@ -95,6 +97,38 @@ impl Store {
         Ok(Prepared { staged, commits: Arc::clone(&self.commits), commits_before })
     }
 
+    /// The last pulse; `None` if there is none, or none that can be read.
+    pub fn pulse(&self) -> Option<Pulse> {
+        Pulse::load(&self.directory).unwrap_or_else(|error| {
+            log::warn!("{error}");
+            None
+        })
+    }
+
+    /// Writes down that the server lives.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn beat(&self, pulse: &Pulse) -> Result<()> {
+        pulse.save(&self.directory)
+    }
+
+    /// The path of the intent log of job `job`.
+    pub fn intent_log(&self, job: &str) -> PathBuf {
+        self.directory.path_of(&format!("{INTENT_PREFIX}{job}"))
+    }
+
+    /// Removes the intent logs of other jobs than `jobs`: what a crash left.
+    pub fn remove_intent_logs_but(&self, jobs: &[String]) {
+        for name in self.directory.names().unwrap_or_default() {
+            if name.strip_prefix(INTENT_PREFIX).is_some_and(|job| !jobs.iter().any(|known| known == job)) {
+                if let Err(error) = self.directory.remove(&name) {
+                    log::warn!("{error}");
+                }
+            }
+        }
+    }
+
     /// Forgets the mount: removes the record, durably. Nothing to do if there is none.
     ///
     /// # Errors
@@ -102,6 +136,7 @@ impl Store {
     pub fn remove(&self) -> Result<()> {
         let mut commits = self.commits.lock();
         *commits += 1;
+        self.directory.remove(pulse::FILE_NAME)?;
         self.directory.remove(FILE_NAME)
     }
 
@@ -109,6 +144,7 @@ impl Store {
     /// start: there is no other writer then.
     pub fn remove_leftovers(&self) {
         self.directory.remove_leftovers(FILE_NAME);
+        self.directory.remove_leftovers(pulse::FILE_NAME);
     }
 
     /// Where tests make it fail.

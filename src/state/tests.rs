@@ -40,6 +40,7 @@ fn state() -> MountState {
             ended: "2026-01-01T00:00:00Z".into(),
         }),
         mirror_target: None,
+        mirror: None,
     };
     MountState { mountpoint: "/mnt/vm".into(), restarts: 2, last_exit: Some("signal 9".into()), volumes: vec![volume] }
 }

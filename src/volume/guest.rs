@@ -211,7 +211,7 @@ impl Volume {
     /// Both images of a mirror have one size, so a disk that is mirrored keeps its own. And what an image has beyond its disk
     /// is not the disk's: growing would show it.
     fn refuse_resize(&self, kind: ErrorKind) -> Result<()> {
-        let mirrored = self.tracking.load().is_some() || self.twin.load().is_some();
+        let mirrored = self.tracking.load().is_some() || self.intent.load().is_some() || self.twin.load().is_some();
         let why = if mirrored || self.size_pinned.load(Relaxed) {
             "the size cannot change while the disk is mirrored:"
         } else if self.active.load().0.size_bytes() > self.size_bytes() {

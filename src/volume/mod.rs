@@ -3,11 +3,12 @@
 //! A volume has one *active* image. Everything that may change it goes one way, `Volume::modify`:
 //!
 //! ```text
-//! enter the barrier -> change the active image -> mark the dirty map -> leave -> reply
+//! enter the barrier -> intent durable -> change the active image -> mark the dirty map -> leave -> reply
 //! ```
 //!
 //! Invariants:
 //! - the active image and the tracking change only while the barrier is up;
+//! - nothing changes the active image before the intent log has its region's bit durably (rule 2);
 //! - a change is marked after it was made, whether it succeeded or not (rule 3: a copier that cleared the bit earlier may have
 //!   read old bytes; a failed write may have changed some of them);
 //! - a target's error, stall or lack of room never makes a guest's request fail (rule 6).
@@ -27,6 +28,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 pub use self::attributes::{AttributeChange, DiskAttributes, ShownAttributes};
 use self::barrier::{Barrier, Raised};
 use self::tracking::Tracking;
+use crate::dirty::IntentLog;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
 use crate::range::ByteRange;
@@ -66,6 +68,8 @@ pub struct Volume {
     /// Receives every change too, while it is undecided which image is the active one (rule 15).
     twin: ArcSwapOption<Twin>,
     tracking: ArcSwapOption<Tracking>,
+    /// The durable shadow of the dirty map, while a mirror is unfinished: also while its target is not there.
+    intent: ArcSwapOption<IntentLog>,
     barrier: Barrier,
     size_bytes: AtomicU64,
     /// Held while the size changes.
@@ -153,6 +157,7 @@ impl Volume {
             active: ArcSwap::from_pointee(ActiveImage(image)),
             twin: ArcSwapOption::empty(),
             tracking: ArcSwapOption::empty(),
+            intent: ArcSwapOption::empty(),
             barrier: Barrier::default(),
             resizing: Mutex::new(()),
             read_bytes: AtomicU64::new(0),
@@ -210,6 +215,17 @@ impl Volume {
         (self.read_bytes.load(Relaxed), self.written_bytes.load(Relaxed))
     }
 
+    /// Counts on from what a server before this one had counted.
+    pub fn go_on_counting(&self, read_bytes: u64, written_bytes: u64) {
+        self.read_bytes.fetch_add(read_bytes, Relaxed);
+        self.written_bytes.fetch_add(written_bytes, Relaxed);
+    }
+
+    /// True if guests' changes are marked durably: a mirror is unfinished.
+    pub fn is_marking(&self) -> bool {
+        self.intent.load().is_some()
+    }
+
     /// Raises the barrier: guest writes wait until the result is dropped. `None`: those under way took longer than `deadline`.
     pub fn raise_barrier(&self, deadline: Option<std::time::Instant>) -> Option<Raised<'_>> {
         self.barrier.raise(deadline)
@@ -218,6 +234,17 @@ impl Volume {
     /// Starts (or with `None` ends) dirty tracking. The raised barrier is the proof that no write is half tracked (rule 4).
     pub fn set_tracking(&self, _barrier: &Raised<'_>, tracking: Option<Arc<Tracking>>) {
         self.tracking.store(tracking);
+    }
+
+    /// Starts the durable marking of what guests change, before or together with the tracking.
+    pub fn set_intent(&self, _barrier: &Raised<'_>, intent: Arc<IntentLog>) {
+        self.intent.store(Some(intent));
+    }
+
+    /// Ends tracking and durable marking: the pairing of the images is over, durably (rule 11).
+    pub fn end_tracking(&self, _barrier: &Raised<'_>) {
+        self.tracking.store(None);
+        self.intent.store(None);
     }
 
     /// The tracking that guest writes go through now, if any.
@@ -230,6 +257,7 @@ impl Volume {
     pub fn switch(&self, _barrier: &Raised<'_>, image: Arc<dyn Image>) {
         self.active.store(Arc::new(ActiveImage(image)));
         self.tracking.store(None);
+        self.intent.store(None);
         self.twin.store(None);
     }
 
@@ -260,6 +288,9 @@ impl Volume {
     fn modify(&self, change: Change<'_>) -> Result<()> {
         let active = self.active.load();
         let twin = self.twin.load();
+        let intent = self.intent.load();
+        // Before the first byte changes (rule 2), and until the change is marked in the dirty map.
+        let _passage = intent.as_ref().map(|log| log.enter(change.range()));
         let _order = twin.as_ref().map(|twin| twin.order.lock());
         let result = match &*self.tracking.load() {
             None => change.apply(&*active.0),

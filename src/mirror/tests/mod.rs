@@ -53,7 +53,8 @@ impl PreparedRecord for TestRecord {
 pub(super) struct SharedCommitter(pub(super) Arc<TestCommitter>);
 
 impl Committer for SharedCommitter {
-    fn prepare(&self, switches: &[Switch]) -> Result<Box<dyn PreparedRecord>> {
+    fn prepare(&self, switches: &[Switch], ending: Ending) -> Result<Box<dyn PreparedRecord>> {
+        let switches = if ending == Ending::Switch { switches } else { &[] };
         let names = switches.iter().map(|switch| switch.new.name().to_owned()).collect();
         if let Some(action) = self.0.when_prepared.lock().take() {
             action();
@@ -116,6 +117,8 @@ impl World {
             volume: volume.clone(),
             target,
             created_target,
+            intent: None,
+            resumed: None,
             events: self.events.clone(),
             cutovers: self.cutovers.clone(),
             observer: Arc::new(Ignore),

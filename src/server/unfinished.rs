@@ -1,0 +1,231 @@
+//! A mirror that a server before this one did not finish, until its target is there to go on.
+//!
+//! ```text
+//! start: record, log ──> guests are served, what they change is marked durably ──> target opened, checked ──> job goes on
+//!                                          ^─────────── tried again, later and later ──────────┘ not there: paused
+//! ```
+//!
+//! A mount never fails and never waits because of a target (an NFS share may not be up yet): all of this has a thread of its own.
+
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use super::backend::Server;
+use super::ledger::Ledger;
+use super::pairing::{self, Untie};
+use crate::dirty::IntentLog;
+use crate::dirty::intent::{JobId, Settings};
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::{OpenOptions, Role, open, own_mount, refuse_on_own_disk, refuse_same};
+use crate::mirror::types::{IoStatus, JobInfo, JobStatus};
+use crate::mirror::{MAX_GUEST_DELAY, Resumed};
+use crate::range::{ByteRange, Granularity};
+use crate::state::{Counts, MirrorRecord};
+use crate::sync::{Arc, Condvar, Mutex, wait_until};
+use crate::volume::Volume;
+
+/// A target that is not there is looked for after this, then after twice as long, ...
+const RETRY_FIRST: Duration = Duration::from_secs(1);
+/// ... and at least this often.
+const RETRY_LAST: Duration = Duration::from_secs(30);
+/// How long guests' writes under way are waited for, where an unfinished mirror is given up.
+const BARRIER_PATIENCE: Duration = Duration::from_secs(2);
+
+/// See the module.
+pub(super) struct Unfinished {
+    pub(super) volume: Arc<Volume>,
+    intent: Arc<IntentLog>,
+    untie: Arc<Untie>,
+    counts: Counts,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+struct State {
+    /// The target's locked descriptor, if the keeper has kept it.
+    parked: Option<OwnedFd>,
+    last_error: Option<Error>,
+    /// It goes on, or was given up.
+    over: bool,
+    try_now: bool,
+}
+
+impl Unfinished {
+    /// Finds the log of an unfinished mirror and sees to it that guests' changes are marked in it from the first on.
+    ///
+    /// # Errors
+    /// There can be no log: then the mirror is lost.
+    pub(super) fn find(
+        ledger: &Arc<Ledger>,
+        volume: &Arc<Volume>,
+        record: &MirrorRecord,
+        parked: Option<OwnedFd>,
+        counts: Counts,
+    ) -> Result<Arc<Unfinished>> {
+        let untie = Untie::new(ledger, volume);
+        let settings = Settings::new(MAX_GUEST_DELAY, untie.clone());
+        let path = ledger.store.intent_log(&record.job);
+        let job = JobId::from_hex(&record.job)
+            .ok_or_else(|| Error::new(ErrorKind::Corrupt, "the record names no job:").on(&*record.job))?;
+        let intent = match record.compare {
+            Some(_) => IntentLog::create(&path, job, record.size_bytes, settings)?,
+            None => IntentLog::open(&path, job, record.size_bytes, settings)?.0,
+        };
+        let intent = Arc::new(intent);
+        if let Some(raised) = volume.raise_barrier(None) {
+            volume.set_intent(&raised, intent.clone());
+        }
+        let state = State { parked, last_error: None, over: false, try_now: false };
+        let (state, changed) = (Mutex::new(state), Condvar::new());
+        Ok(Arc::new(Unfinished { volume: volume.clone(), intent, untie, counts, state, changed }))
+    }
+
+    /// Goes on as soon as that is possible; for a thread of its own.
+    pub(super) fn run(&self, server: &Server) {
+        let mut wait = RETRY_FIRST;
+        loop {
+            match self.attempt(server) {
+                Ok(()) => break,
+                Err(error) => {
+                    let mut state = self.state.lock();
+                    if state.last_error.as_ref().map(Error::to_string) != Some(error.to_string()) {
+                        log::warn!("{}: its mirror is paused: {error}", self.volume.name());
+                    }
+                    state.last_error = Some(error);
+                }
+            }
+            let until = Instant::now() + wait;
+            let mut state = self.state.lock();
+            while !state.over && !state.try_now && wait_until(&self.changed, &mut state, Some(until)) {}
+            state.try_now = false;
+            if state.over {
+                break;
+            }
+            wait = (wait * 2).min(RETRY_LAST);
+        }
+        server.forget_unfinished(self);
+    }
+
+    /// Tries at once.
+    pub(super) fn hurry(&self) {
+        self.state.lock().try_now = true;
+        self.changed.notify_all();
+    }
+
+    /// Opens the target, checks it and starts the job.
+    fn attempt(&self, server: &Server) -> Result<()> {
+        let Some(mut record) = server.ledger.mirror(self.volume.name()) else { return Ok(()) };
+        let parked = self.state.lock().parked.take();
+        let held = parked.is_some();
+        let path = Path::new(&record.options.target);
+        own_mount::refuse_inside(path)?;
+        refuse_on_own_disk(path)?;
+        for volume in &server.volumes {
+            refuse_same(&*volume.active(), path)?;
+        }
+        let options = OpenOptions {
+            format: record.options.format,
+            writable: true,
+            cache: server.config.cache,
+            role: Role::Target,
+            descriptor: parked,
+        };
+        let target = open(path, &options)?;
+        let trusted = record.compare.is_none();
+        pairing::look_at_target(&mut record, &*target, &server.ledger.marks, held)?;
+        if target.size_bytes() < record.size_bytes {
+            target.resize(record.size_bytes)?;
+            record.compare.get_or_insert_with(|| "the target was shorter than the disk".to_owned());
+        }
+        let _one = server.starting.lock();
+        if self.state.lock().over {
+            return Ok(());
+        }
+        if trusted && record.compare.is_some() {
+            self.intent.mark_durably(ByteRange::new(0, record.size_bytes));
+        }
+        let checked = record.clone();
+        server.ledger.change_mirror(self.volume.name(), |known| *known = checked)?;
+        server.ledger.park(&*target);
+        server.ledger.raise(self.volume.name(), &*self.volume.active(), &*target)?;
+        self.untie.know(&target);
+        server.resume_job(self, target, &record)?;
+        self.state.lock().over = true;
+        Ok(())
+    }
+
+    pub(super) fn intent(&self) -> &Arc<IntentLog> {
+        &self.intent
+    }
+
+    /// How the job stood.
+    pub(super) fn resumed(&self, record: &MirrorRecord) -> Resumed {
+        let Counts { copied, zeroed, discarded, skipped, .. } = self.counts;
+        Resumed { compare: record.compare.is_some(), paused: record.paused, copied, zeroed, discarded, skipped }
+    }
+
+    /// Gives the mirror up.
+    ///
+    /// # Errors
+    /// It goes on already; guests' writes under way do not end.
+    pub(super) fn give_up(&self, server: &Server) -> Result<()> {
+        let _one = server.starting.lock();
+        if self.state.lock().over {
+            return Err(Error::not_now("the mirror is just going on, try again:").on(self.volume.name()));
+        }
+        server.ledger.unpair(&self.volume, None);
+        let deadline = Instant::now() + BARRIER_PATIENCE;
+        let raised = self.volume.raise_barrier(Some(deadline));
+        let raised =
+            raised.ok_or_else(|| Error::not_now("guest requests under way do not end:").on(self.volume.name()))?;
+        self.volume.end_tracking(&raised);
+        drop(raised);
+        self.leave();
+        self.intent.close();
+        Ok(())
+    }
+
+    /// The mount ends, or the mirror does.
+    pub(super) fn leave(&self) {
+        self.state.lock().over = true;
+        self.changed.notify_all();
+    }
+
+    /// What `status` shows of it: paused, and why.
+    pub(super) fn info(&self, record: &MirrorRecord) -> JobInfo {
+        let last_error = self.state.lock().last_error.as_ref().map(crate::mirror::describe);
+        let marked = self.intent.marked_bytes();
+        let options = &record.options;
+        JobInfo {
+            job_id: options.job_id.clone(),
+            target: options.target.clone(),
+            state: JobStatus::Paused,
+            copy_mode: options.copy_mode,
+            granularity: options.granularity.unwrap_or(Granularity::DEFAULT).bytes(),
+            ready: false,
+            in_sync: false,
+            data_bytes: self.counts.copied + marked,
+            copied_bytes: self.counts.copied,
+            dirty_bytes: marked,
+            in_flight_bytes: 0,
+            zeroed_bytes: self.counts.zeroed,
+            discarded_bytes: self.counts.discarded,
+            skipped_bytes: self.counts.skipped,
+            source_allocated_bytes: self.volume.active().allocated_bytes().unwrap_or(0),
+            target_allocated_bytes: 0,
+            dirty_bytes_per_second: 0,
+            drain_bytes_per_second: 0,
+            eta_seconds: None,
+            speed: options.speed_bytes_per_second,
+            io_status: if last_error.is_some() { IoStatus::Failed } else { IoStatus::Ok },
+            last_error,
+            paused: true,
+            busy: false,
+            actively_synced: false,
+            auto_finalize: options.auto_finalize,
+            auto_dismiss: options.auto_dismiss,
+            error: None,
+        }
+    }
+}

@@ -88,13 +88,7 @@ impl Region {
         State::of(self.word.load(SeqCst))
     }
 
-    /// True if a write is in flight here.
-    pub(super) fn is_entered(&self) -> bool {
-        self.word.load(SeqCst) & COUNT_MASK > 0
-    }
-
     /// How many writes are in flight here.
-    #[cfg(test)]
     pub(super) fn entered(&self) -> u32 {
         self.word.load(SeqCst) & COUNT_MASK
     }

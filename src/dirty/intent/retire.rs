@@ -105,7 +105,7 @@ impl Inner {
     fn look(&self, number: u32, now: u32, clearing: &dyn Clearing) -> Look {
         let region = self.regions.get(number);
         let cools_in = || match region.written() {
-            _ if region.is_entered() => HOT_SECONDS + 1,
+            _ if region.entered() > 0 => HOT_SECONDS + 1,
             0 => 0,
             // The seconds are whole ones: one more, so that it is never less than they say.
             written => (written.saturating_add(HOT_SECONDS + 1)).saturating_sub(now),

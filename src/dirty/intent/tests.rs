@@ -1,8 +1,8 @@
 //! The intent log in a simulated world, one group of tests in each file.
 mod breaks;
-// mod damage;
+mod damage;
 mod ends;
-// mod model;
+mod model;
 mod starts;
 
 use std::time::{Duration, Instant};

@@ -19,7 +19,7 @@
 //! | ready | a flush of the target succeeded that began while nothing was dirty or in flight |
 //! | in sync | nothing dirty and nothing in flight at this moment |
 //! | barrier | the short moment in which guest writes wait |
-//! | keeper | the small process that owns the FUSE connection, parks descriptors and outlives the server |
+//! | keeper | the small process that owns the FUSE connection, parks descriptors and outlives the server; one for a mount |
 //! | server | the process that answers requests and runs the mirrors |
 //!
 //! # The rooms, and how data flows through them
@@ -47,7 +47,9 @@
 //! ```
 //!
 //! Every start of a server is a *resume* of a live connection, the first one too: one code path. A server that dies is reaped and
-//! replaced; the kernel sends the requests again that it had not answered. See [`fuse::session`] and [`fuse::keeper`].
+//! replaced; the kernel sends the requests again that it had not answered. An upgrade is the same on purpose, with another program,
+//! and the keeper then replaces itself too. A keeper that dies is replaced by the server, which has a duplicate of all that it
+//! kept. See [`fuse::session`] and [`fuse::keeper`].
 //!
 //! ## A guest write
 //!

@@ -22,6 +22,7 @@ mod relocate;
 mod status;
 mod units;
 mod unmount;
+mod upgrade;
 mod verify;
 
 use clap::{Parser, Subcommand};
@@ -65,6 +66,7 @@ enum Verb {
     Verify(verify::Arguments),
     #[command(visible_alias = "umount")]
     Unmount(unmount::Arguments),
+    Upgrade(upgrade::Arguments),
     List(list::Arguments),
     Demo(demo::Arguments),
     /// Writes man pages and completions, for packages.
@@ -91,6 +93,7 @@ impl Cli {
             Verb::Move(arguments) => arguments.run(),
             Verb::Verify(arguments) => arguments.run(),
             Verb::Unmount(arguments) => arguments.run(),
+            Verb::Upgrade(arguments) => arguments.run(),
             Verb::List(arguments) => arguments.run(),
             Verb::Demo(arguments) => arguments.run(),
             Verb::Generate(arguments) => arguments.run(),
@@ -149,6 +152,7 @@ mod tests {
             "move /mnt/vm /new",
             "verify /mnt/vm",
             "unmount /mnt/vm --wait 1min --abort",
+            "upgrade /mnt/vm --force",
             "list --json",
             "demo --dir /var/tmp",
         ] {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use nix::mount::{MntFlags, umount2};
 
-use crate::fuse::VERB_CHECK;
+use crate::fuse::{VERB_CHECK, VERB_VERSION};
 
 /// How long a mount may take to answer [`probe`].
 const PROBE_LIMIT: Duration = Duration::from_secs(2);
@@ -19,6 +19,19 @@ pub fn check_command(paths: &[PathBuf]) -> Command {
     let mut command = Command::new("/proc/self/exe");
     command.arg(VERB_CHECK).args(paths).stdin(Stdio::null()).stdout(Stdio::null());
     command
+}
+
+/// The command that lets `program`, perhaps another version of ours, write its version to `into`: whether it can be run at all.
+pub fn version_command(program: &Path, into: File) -> Command {
+    let mut command = Command::new(program);
+    command.arg(VERB_VERSION).current_dir("/").stdin(Stdio::null()).stdout(into).stderr(Stdio::null());
+    command
+}
+
+/// Verb [`VERB_VERSION`].
+pub fn version_main() -> u8 {
+    println!("{}", env!("CARGO_PKG_VERSION"));
+    0
 }
 
 /// What a look at a mount's root says: 0, or the errno. `None` if there was no answer in time: the server hangs, so it lives.

@@ -49,21 +49,29 @@ pub fn describe(holders: &[Holder]) -> String {
 pub fn connection_is_kept(mount: &MountEntry) -> Option<bool> {
     let mut told = false;
     for process in numbered("/proc") {
-        for (number, link) in links(process) {
-            if link.as_bytes() != b"/dev/fuse" {
-                continue;
-            }
-            let info = fs::read_to_string(format!("/proc/{process}/fdinfo/{number}")).unwrap_or_default();
-            if let Some(connection) = info_field(&info, "fuse_connection:") {
-                told = true;
-                if connection == u64::from(mount.minor) {
-                    return Some(true);
-                }
+        for connection in connections(process) {
+            told = true;
+            if connection == u64::from(mount.minor) {
+                return Some(true);
             }
         }
     }
     // No connection at all is open, and the kernel may be one that does not tell: look at its version.
     (told || kernel_tells()).then_some(false)
+}
+
+/// True unless `process` is seen not to have the connection of `mount` open.
+pub fn may_keep(process: u32, mount: &MountEntry) -> bool {
+    let mut connections = connections(process).peekable();
+    (connections.peek().is_none() && !kernel_tells()) || connections.any(|one| one == u64::from(mount.minor))
+}
+
+/// The FUSE connections that a process has open, as far as the kernel tells.
+fn connections(process: u32) -> impl Iterator<Item = u64> {
+    links(process).filter(|(_, link)| link.as_bytes() == b"/dev/fuse").filter_map(move |(number, _)| {
+        let info = fs::read_to_string(format!("/proc/{process}/fdinfo/{number}")).unwrap_or_default();
+        info_field(&info, "fuse_connection:")
+    })
 }
 
 fn kernel_tells() -> bool {

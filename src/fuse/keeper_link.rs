@@ -2,12 +2,13 @@
 //!
 //! A server says, in this order: what it parks (first start), that all is [opened](KeeperLink::opened), that it
 //! [serves](KeeperLink::serving). Later only [`KeeperLink::request_unmount`], [`KeeperLink::park`] and [`KeeperLink::unpark`],
-//! from any thread. The keeper's death is not the server's: it goes on serving, and unmounts by itself if need be.
+//! from any thread. The keeper's death is not the server's: it goes on serving, and makes itself a new keeper (`succession`),
+//! for which it has a duplicate of all that the keeper keeps.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use parking_lot::Mutex;
@@ -17,6 +18,7 @@ use crate::fuse::filesystem::has_answered;
 use crate::fuse::init::Negotiated;
 use crate::fuse::link::{Link, ToKeeper, ToServer, WireError};
 use crate::fuse::mount::{How, Point};
+use crate::fuse::server_process::Parked;
 use crate::image::DescriptorRole;
 use crate::server::config::MountConfig;
 
@@ -52,34 +54,62 @@ pub struct Connection {
 /// The link to the keeper.
 #[derive(Debug)]
 pub struct KeeperLink {
-    link: Link,
+    pub(super) link: Mutex<Arc<Link>>,
+    pub(super) keeper_pid: AtomicU32,
     /// Held for a question and its answer.
     asking: Mutex<()>,
-    mountpoint: Mutex<PathBuf>,
-    gone: AtomicBool,
+    pub(super) gone: AtomicBool,
+    pub(super) kept: Mutex<Kept>,
+}
+
+/// What the keeper keeps, for the next one.
+#[derive(Debug, Default)]
+pub(super) struct Kept {
+    pub(super) config: Option<MountConfig>,
+    pub(super) restarts: u64,
+    pub(super) last_exit: Option<String>,
+    pub(super) connection: Option<Connection>,
+    pub(super) parked: Vec<Parked>,
 }
 
 impl KeeperLink {
+    fn new(link: Link) -> Self {
+        KeeperLink {
+            link: Mutex::new(Arc::new(link)),
+            keeper_pid: AtomicU32::new(nix::unistd::getppid().as_raw().unsigned_abs()),
+            asking: Mutex::new(()),
+            gone: AtomicBool::new(false),
+            kept: Mutex::default(),
+        }
+    }
+
     /// The link that this process got as its standard input. First of all, before any thread is made: it unblocks the
     /// signals that the keeper had blocked.
     ///
     /// # Errors
     /// Standard input cannot be taken over.
     pub fn from_stdin() -> Result<Self> {
-        let link = Link::from_stdin()?;
-        Ok(KeeperLink { link, asking: Mutex::new(()), mountpoint: Mutex::default(), gone: AtomicBool::new(false) })
+        Ok(KeeperLink::new(Link::from_stdin()?))
     }
 
     /// A link to nobody: the other end is only kept open.
     #[cfg(test)]
     pub(crate) fn for_tests() -> Result<(Self, OwnedFd)> {
         let (link, other) = Link::pair()?;
-        let mountpoint = Mutex::default();
-        Ok((KeeperLink { link, asking: Mutex::new(()), mountpoint, gone: AtomicBool::new(false) }, other))
+        Ok((KeeperLink::new(link), other))
+    }
+
+    /// The keeper's process id; another one after its death.
+    pub fn keeper_pid(&self) -> u32 {
+        self.keeper_pid.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn link(&self) -> Arc<Link> {
+        self.link.lock().clone()
     }
 
     fn receive(&self) -> Result<(ToServer, Option<OwnedFd>)> {
-        self.link.receive()?.ok_or_else(|| {
+        self.link().receive()?.ok_or_else(|| {
             self.gone.store(true, Ordering::Relaxed);
             Error::new(ErrorKind::Failed, "the keeper of this mount is gone")
         })
@@ -100,26 +130,35 @@ impl KeeperLink {
                 _ => return Err(unexpected()),
             }
         }
-        self.mountpoint.lock().clone_from(&config.mountpoint);
-        let keeper_pid = nix::unistd::getppid().as_raw().unsigned_abs();
-        Ok(Start { config, parked, restarts, last_exit, first, keeper_pid })
+        let mut kept = self.kept.lock();
+        (kept.config, kept.restarts, kept.last_exit) = (Some(config.clone()), restarts, last_exit.clone());
+        for (volume, role, descriptor) in &parked {
+            kept.park(volume, *role, descriptor.as_fd())?;
+        }
+        Ok(Start { config, parked, restarts, last_exit, first, keeper_pid: self.keeper_pid() })
     }
 
     /// Gives the keeper a duplicate of `descriptor` to keep for the servers to come; it replaces one that was parked under
-    /// the same `volume` (any name that the server likes) and `role`.
+    /// the same `volume` (any name that the server likes) and `role`. If there is no keeper, the next one gets it.
     ///
     /// # Errors
-    /// The keeper is gone.
+    /// No descriptors are left.
     pub fn park(&self, volume: &str, role: DescriptorRole, descriptor: BorrowedFd<'_>) -> Result<()> {
-        self.link.send(&ToKeeper::Park { volume: volume.into(), role }, Some(descriptor))
+        let mut kept = self.kept.lock();
+        kept.park(volume, role, descriptor)?;
+        let _ = self.link().send(&ToKeeper::Park { volume: volume.into(), role }, Some(descriptor));
+        Ok(())
     }
 
     /// Lets the keeper close a parked descriptor.
     ///
     /// # Errors
-    /// The keeper is gone.
+    /// None so far.
     pub fn unpark(&self, volume: &str, role: DescriptorRole) -> Result<()> {
-        self.link.send(&ToKeeper::Unpark { volume: volume.into(), role }, None)
+        let mut kept = self.kept.lock();
+        kept.parked.retain(|(name, kind, _)| (name.as_str(), *kind) != (volume, role));
+        let _ = self.link().send(&ToKeeper::Unpark { volume: volume.into(), role }, None);
+        Ok(())
     }
 
     /// Says that all images are open and locked, and waits for the connection. At the first start the keeper mounts now.
@@ -128,9 +167,13 @@ impl KeeperLink {
     /// It could not be mounted: leave, nothing is there. Or the keeper is gone.
     pub fn opened(&self) -> Result<Connection> {
         let _asking = self.asking.lock();
-        self.link.send(&ToKeeper::Opened, None)?;
+        self.link().send(&ToKeeper::Opened, None)?;
         match self.receive()? {
-            (ToServer::Connection(negotiated), Some(fd)) => Ok(Connection { fd, negotiated }),
+            (ToServer::Connection(negotiated), Some(fd)) => {
+                let again = fd.try_clone().map_err(|error| Error::io("cannot keep the connection", &error))?;
+                self.kept.lock().connection = Some(Connection { fd: again, negotiated });
+                Ok(Connection { fd, negotiated })
+            }
             (ToServer::MountFailed(error), _) => Err(error.into()),
             _ => Err(unexpected()),
         }
@@ -140,14 +183,18 @@ impl KeeperLink {
     /// arrived while no server served is forwarded at once.
     ///
     /// # Errors
-    /// The keeper is gone.
+    /// The message is too long.
     pub fn serving(&self, paths: &[PathBuf]) -> Result<()> {
-        self.link.send(&ToKeeper::Serving { paths: paths.to_vec() }, None)
+        match self.link().send(&ToKeeper::Serving { paths: paths.to_vec() }, None) {
+            // It died just now; the next one knows that this server serves.
+            Err(_) if self.keeper_is_gone() => Ok(()),
+            sent => sent,
+        }
     }
 
     /// Says why this server is about to leave. `livemirror mount` prints it if nothing was mounted yet.
     pub fn failed(&self, error: &Error) {
-        if self.link.send(&ToKeeper::Failed(WireError::from(error)), None).is_err() {
+        if self.link().send(&ToKeeper::Failed(WireError::from(error)), None).is_err() {
             log::error!("{error}");
         }
     }
@@ -160,7 +207,7 @@ impl KeeperLink {
     /// [`ErrorKind::NotNow`]: the disks are in use, nothing changed.
     pub fn request_unmount(&self, abort: bool) -> Result<()> {
         let _asking = self.asking.lock();
-        if !self.keeper_is_gone() && self.link.send(&ToKeeper::Unmount { abort }, None).is_ok() {
+        if !self.keeper_is_gone() && self.link().send(&ToKeeper::Unmount { abort }, None).is_ok() {
             match self.receive() {
                 Ok((ToServer::Unmounted(None), _)) => return Ok(()),
                 Ok((ToServer::Unmounted(Some(error)), _)) => return Err(error.into()),
@@ -168,42 +215,53 @@ impl KeeperLink {
                 Err(_) => log::warn!("the keeper of this mount died: unmounting without it"),
             }
         }
-        let mountpoint = self.mountpoint.lock().clone();
+        let mountpoint = self.kept.lock().config.as_ref().map(|config| config.mountpoint.clone()).unwrap_or_default();
         match Point::find(&mountpoint)? {
             Some(point) => point.unmount(if abort { How::Abort } else { How::Plain }),
             None => Ok(()),
         }
     }
 
-    /// True once the keeper is known to be dead.
+    /// True while the keeper is known to be dead and there is no new one.
     pub fn keeper_is_gone(&self) -> bool {
-        if !self.gone.load(Ordering::Relaxed) && self.hung_up(PollTimeout::ZERO) {
+        if !self.gone.load(Ordering::Relaxed) && hung_up(&self.link(), PollTimeout::ZERO) {
             self.gone.store(true, Ordering::Relaxed);
         }
         self.gone.load(Ordering::Relaxed)
     }
 
-    fn hung_up(&self, timeout: PollTimeout) -> bool {
-        let mut polled = [PollFd::new(self.link.as_fd(), PollFlags::empty())];
-        let known = poll(&mut polled, timeout).is_ok();
-        known && polled[0].revents().is_some_and(|events| events.intersects(PollFlags::POLLHUP | PollFlags::POLLERR))
-    }
-
     /// Watches from a thread of its own: tells the keeper when this server has answered its first request (a server that
-    /// dies before is not restarted at once), and logs the keeper's death when it happens. Once, after the session's start.
-    pub fn watch(self: &Arc<Self>) {
-        let link = Arc::clone(self);
-        let spawned = std::thread::Builder::new().name("keeper-watch".into()).stack_size(128 << 10).spawn(move || {
-            while !has_answered() && !link.hung_up(PollTimeout::from(FIRST_REPLY_POLL_MS)) {}
-            let _ = link.link.send(&ToKeeper::Answered, None);
-            while !link.hung_up(PollTimeout::NONE) {}
-            link.gone.store(true, Ordering::Relaxed);
-            log::warn!("the keeper of this mount died: the disks stay usable, but nobody will restart this server");
+    /// dies before is not restarted at once); after the keeper's death makes a new one, and tells `on_new_keeper`. Once,
+    /// after the session's start.
+    pub fn watch(self: &Arc<Self>, on_new_keeper: impl Fn() + Send + 'static) {
+        let this = Arc::clone(self);
+        let spawned = std::thread::Builder::new().name("keeper-watch".into()).stack_size(256 << 10).spawn(move || {
+            let link = this.link();
+            while !has_answered() && !hung_up(&link, PollTimeout::from(FIRST_REPLY_POLL_MS)) {}
+            let _ = link.send(&ToKeeper::Answered, None);
+            drop(link);
+            this.succeed_keepers(&on_new_keeper);
         });
         if let Err(error) = spawned {
             log::warn!("cannot watch the keeper of this mount: {error}");
         }
     }
+}
+
+impl Kept {
+    fn park(&mut self, volume: &str, role: DescriptorRole, descriptor: BorrowedFd<'_>) -> Result<()> {
+        let descriptor = descriptor.try_clone_to_owned();
+        let descriptor = descriptor.map_err(|error| Error::io("cannot keep a descriptor of", &error).on(volume))?;
+        self.parked.retain(|(name, kind, _)| (name.as_str(), *kind) != (volume, role));
+        self.parked.push((volume.to_owned(), role, descriptor));
+        Ok(())
+    }
+}
+
+pub(super) fn hung_up(link: &Link, timeout: PollTimeout) -> bool {
+    let mut polled = [PollFd::new(link.as_fd(), PollFlags::empty())];
+    let known = poll(&mut polled, timeout).is_ok();
+    known && polled[0].revents().is_some_and(|events| events.intersects(PollFlags::POLLHUP | PollFlags::POLLERR))
 }
 
 fn unexpected() -> Error {

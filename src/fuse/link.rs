@@ -14,6 +14,9 @@
 //!    |                  | <--------------- Unmount, Park, Unpark |
 //!    |                  | --- Unmounted -----------------------> |
 //! ```
+//!
+//! A keeper and its server may be of different versions for a while: unknown fields are passed over, and what was added later
+//! has a default.
 
 use std::io::IoSlice;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -114,6 +117,8 @@ pub enum ToServer {
     MountFailed(WireError),
     /// Answers `Unmount`.
     Unmounted(Option<WireError>),
+    /// Answers `Adopt`.
+    Adopted,
 }
 
 /// Server to keeper.
@@ -149,6 +154,27 @@ pub enum ToKeeper {
         /// Even when in use.
         abort: bool,
     },
+    /// Be the keeper of a mount that has lost its own; the connection comes with it. `Process` and what is parked follow.
+    Adopt(Box<Adoption>),
+    /// The server's process comes with it, as a descriptor.
+    Process,
+}
+
+/// What a server tells a keeper that it makes itself.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Adoption {
+    /// What is mounted.
+    pub config: MountConfig,
+    /// What was agreed on with the kernel.
+    pub negotiated: Negotiated,
+    /// How many servers ran before this one.
+    pub restarts: u64,
+    /// How the last one ended.
+    pub last_exit: Option<String>,
+    /// How many `Park` follow.
+    pub parked: usize,
+    /// The server.
+    pub server_pid: u32,
 }
 
 /// One end of a link.
@@ -181,6 +207,11 @@ impl Link {
         let null = std::fs::File::open("/dev/null").map_err(failed)?;
         nix::unistd::dup2_stdin(&null).map_err(|errno| failed(errno.into()))?;
         Ok(Link { socket })
+    }
+
+    /// An end that this process has already.
+    pub(super) fn from_descriptor(socket: OwnedFd) -> Link {
+        Link { socket }
     }
 
     /// Sends a message, with a descriptor if one is given.

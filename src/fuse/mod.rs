@@ -31,6 +31,7 @@ pub mod mountpoint;
 mod read_buffer;
 mod server_process;
 pub mod session;
+mod succession;
 mod waiting;
 
 pub use disks::Disks;
@@ -52,10 +53,14 @@ pub const VERB_CHECK: &str = "internal-check";
 /// Hidden verb: one umount2(2), in a process of its own because it may have to wait for the server.
 pub const VERB_UNMOUNT: &str = "internal-unmount";
 
+/// Hidden verb: the version of this program, on standard output.
+pub const VERB_VERSION: &str = "internal-version";
+
 /// Runs the hidden verbs of this room: `Some(exit code)` if `verb` is one (all but [`VERB_SERVER`], which is the server's).
 pub fn run_internal_verb(verb: &str, arguments: &[std::ffi::OsString]) -> Option<u8> {
     match verb {
-        VERB_KEEPER => Some(keeper::main()),
+        VERB_KEEPER => Some(keeper::main(arguments)),
+        VERB_VERSION => Some(helpers::version_main()),
         VERB_CHECK => Some(helpers::check_main(arguments)),
         VERB_UNMOUNT => Some(helpers::unmount_main(arguments)),
         _ => None,

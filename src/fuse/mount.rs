@@ -200,6 +200,16 @@ impl Point {
         Ok(Point { parent, name, entry })
     }
 
+    /// The descriptor of the parent directory, and the name in it: with the entry all that there is to it.
+    pub(super) fn parts(&self) -> (&OwnedFd, &OsStr) {
+        (&self.parent, &self.name)
+    }
+
+    /// From its parts.
+    pub(super) fn from_parts(parent: OwnedFd, name: OsString, entry: MountEntry) -> Point {
+        Point { parent, name, entry }
+    }
+
     /// True if the mount table still has it.
     pub fn is_mounted(&self) -> bool {
         MountTable::read().is_ok_and(|table| {

@@ -5,6 +5,8 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Component, Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::FSTYPE;
 
@@ -12,7 +14,7 @@ use crate::fuse::FSTYPE;
 const SYMLINKS_MAX: usize = 40;
 
 /// One mount of this mount namespace.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MountEntry {
     /// Unique among the mounts of now; may be used again later.
     pub mount_id: u64,

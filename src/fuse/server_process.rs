@@ -1,17 +1,24 @@
 //! The keeper's hold on one server process: its start, its link, its end.
+//!
+//! A server is the keeper's child, unless it has made the keeper itself because the one before died. Either way its end is seen
+//! by a descriptor of the process (pidfd): it tells when all threads have ended, that is, when all their I/O has.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
 
 use crate::error::{Error, Result};
 use crate::fuse::VERB_SERVER;
 use crate::fuse::link::{Link, ToServer};
 use crate::image::DescriptorRole;
+use crate::sys::process;
 
 /// How long a server may take to leave after a failed start, before it is killed.
 const LEAVE_LIMIT: Duration = Duration::from_secs(5);
@@ -21,7 +28,7 @@ pub(super) type Parked = (String, DescriptorRole, OwnedFd);
 
 /// A running server.
 pub(super) struct Server {
-    pub(super) child: Child,
+    pub(super) process: Process,
     pub(super) link: Link,
     /// It closed its end of the link.
     pub(super) silent: bool,
@@ -32,17 +39,41 @@ pub(super) struct Server {
     pub(super) failure: Option<Error>,
 }
 
+/// Its process.
+pub(super) struct Process {
+    pub(super) pid: u32,
+    /// Readable once it has ended.
+    pub(super) descriptor: OwnedFd,
+    /// A child of this process, which reaps it.
+    pub(super) is_child: bool,
+}
+
+/// How a server ended.
+pub(super) struct Ending {
+    /// As a clause.
+    pub(super) text: String,
+    pub(super) success: bool,
+}
+
 impl Server {
-    /// Starts one, and tells it `start` and what is parked.
-    pub(super) fn start(start: &ToServer, parked: &[Parked]) -> Result<Server> {
+    /// Starts `program` as one, and tells it `start` and what is parked.
+    pub(super) fn start(program: &Path, start: &ToServer, parked: &[Parked]) -> Result<Server> {
         let failed = |error: std::io::Error| Error::io("cannot start the server process", &error);
         let (link, theirs) = Link::pair()?;
-        let mut command = Command::new("/proc/self/exe");
+        let mut command = Command::new(program);
         command.arg0("livemirror").arg(VERB_SERVER).stdin(theirs).stdout(Stdio::null());
         // A group of its own: Ctrl-C reaches it through the keeper only.
-        let child = command.process_group(0).current_dir("/").spawn().map_err(failed)?;
+        let mut child = command.process_group(0).current_dir("/").spawn().map_err(failed)?;
         // The command holds the other end; without this the server's end would go unnoticed.
         drop(command);
+        let descriptor = match process::open(child.id()) {
+            Ok(descriptor) => descriptor,
+            Err(error) => {
+                let _ = child.kill();
+                let _ = child.wait();
+                return Err(failed(error));
+            }
+        };
         let mut sent = link.send(start, None);
         for (volume, role, descriptor) in parked {
             let message = ToServer::Parked { volume: volume.clone(), role: *role };
@@ -52,35 +83,57 @@ impl Server {
             // It is dead already; the keeper is about to reap it.
             log::warn!("{error}");
         }
-        Ok(Server { child, link, silent: false, serving_since: None, answered: false, failure: None })
+        Ok(Server::known(Process { pid: child.id(), descriptor, is_child: true }, link))
     }
 
-    pub(super) fn signal(&self, signal: Signal) {
-        if let Ok(pid) = i32::try_from(self.child.id()) {
-            let _ = kill(Pid::from_raw(pid), signal);
-        }
+    /// One that runs already.
+    pub(super) fn known(process: Process, link: Link) -> Server {
+        Server { process, link, silent: false, serving_since: None, answered: false, failure: None }
     }
 
     /// Lets a server that never got to serve leave, and reaps it. Without link and connection it has nothing to stay for.
     pub(super) fn dismiss(self) {
-        let Server { mut child, link, .. } = self;
+        let Server { process, link, .. } = self;
         drop(link);
         let asked = Instant::now();
         while asked.elapsed() < LEAVE_LIMIT {
-            if !matches!(child.try_wait(), Ok(None)) {
+            if !matches!(process.try_reap(), Ok(None)) {
                 return;
             }
             std::thread::sleep(Duration::from_millis(5));
         }
-        let _ = child.kill();
-        let _ = child.wait();
+        process.signal(Signal::SIGKILL);
+        let _ = poll(&mut [PollFd::new(process.descriptor.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE);
+        let _ = process.try_reap();
     }
 }
 
-/// How a server ended, as a clause.
-pub(super) fn describe(status: ExitStatus) -> String {
-    match status.signal().map(|number| Signal::try_from(number).map_or("an unknown signal", Signal::as_str)) {
-        Some(signal) => format!("was killed by {signal}"),
-        None => format!("exited with code {}", status.code().unwrap_or(-1)),
+impl Process {
+    pub(super) fn signal(&self, signal: Signal) {
+        if let Ok(pid) = i32::try_from(self.pid) {
+            let _ = kill(Pid::from_raw(pid), signal);
+        }
+    }
+
+    /// Reaps it, if it has ended.
+    pub(super) fn try_reap(&self) -> Result<Option<Ending>> {
+        let mut polled = [PollFd::new(self.descriptor.as_fd(), PollFlags::POLLIN)];
+        if !matches!(poll(&mut polled, PollTimeout::ZERO), Ok(1)) {
+            return Ok(None);
+        }
+        if !self.is_child {
+            return Ok(Some(Ending { text: "ended (how, only its dead keeper knew)".into(), success: false }));
+        }
+        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG;
+        match waitid(Id::PIDFd(self.descriptor.as_fd()), flags) {
+            Ok(WaitStatus::Exited(_, code)) => {
+                Ok(Some(Ending { text: format!("exited with code {code}"), success: code == 0 }))
+            }
+            Ok(WaitStatus::Signaled(_, signal, _)) => {
+                Ok(Some(Ending { text: format!("was killed by {signal}"), success: false }))
+            }
+            Ok(_) | Err(nix::errno::Errno::EINTR) => Ok(None),
+            Err(errno) => Err(Error::io("cannot wait for the server", &errno.into())),
+        }
     }
 }

@@ -27,7 +27,6 @@ pub(super) struct Server {
     devices: Vec<String>,
     pub(super) ledger: Arc<Ledger>,
     pub(super) departure: Departure,
-    keeper_pid: u32,
     pub(super) events: Arc<EventHub>,
     pub(super) cutovers: Arc<Cutovers>,
     pub(super) jobs: Arc<Jobs>,
@@ -44,7 +43,6 @@ impl Server {
         volumes: Vec<Arc<Volume>>,
         ledger: Arc<Ledger>,
         departure: Departure,
-        keeper_pid: u32,
     ) -> Arc<Self> {
         let devices = device_names(volumes.iter().map(|volume| volume.name()));
         let cutovers = Cutovers::new(Arc::new(LedgerCommitter(ledger.clone())));
@@ -65,7 +63,6 @@ impl Server {
             devices,
             ledger,
             departure,
-            keeper_pid,
             events,
             cutovers,
             jobs,
@@ -198,7 +195,7 @@ impl Backend for Server {
         MountStatus {
             mountpoint: self.config.mountpoint.display().to_string(),
             server_pid: Some(std::process::id()),
-            keeper_pid: Some(self.keeper_pid),
+            keeper_pid: Some(self.departure.keeper_pid()),
             control: self.config.control.display().to_string(),
             restarts,
             last_exit,

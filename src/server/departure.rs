@@ -36,6 +36,11 @@ impl Departure {
         Departure { link, asked: Mutex::new(false), changed: Condvar::new() }
     }
 
+    /// The keeper's process.
+    pub(super) fn keeper_pid(&self) -> u32 {
+        self.link.keeper_pid()
+    }
+
     /// Leave as soon as nobody uses the disks.
     pub(super) fn ask(&self) {
         *self.asked.lock() = true;

@@ -183,8 +183,7 @@ fn run(
     targets: Vec<Option<OwnedFd>>,
     first: bool,
 ) -> Result<()> {
-    let keeper_pid = nix::unistd::getppid().as_raw().unsigned_abs();
-    let server = Server::new(config.clone(), volumes.clone(), ledger, Departure::new(link.clone()), keeper_pid);
+    let server = Server::new(config.clone(), volumes.clone(), ledger, Departure::new(link.clone()));
     if !config.read_only {
         server.find_unfinished(targets, first);
     }
@@ -193,9 +192,9 @@ fn run(
     let disks = Disks { layout: config.layout, volumes: volumes.clone() };
     let session = ServingSession::start(connection.fd, &connection.negotiated, disks, threads())?;
     start_departure(&server)?;
-    let mount_id = MountConfig::mount_id(&config.mountpoint);
-    publish(config, &server, keeper_pid, &mount_id);
-    link.watch();
+    publish(&server);
+    let published = server.clone();
+    link.watch(move || publish(&published));
     link.serving(&server.disks())?;
     log::info!("serving {}", config.mountpoint.display());
     if !config.read_only {
@@ -250,7 +249,8 @@ fn start_departure(server: &Arc<Server>) -> Result<()> {
 }
 
 /// Lets the command line find this server. Without it the disks still serve.
-fn publish(config: &MountConfig, server: &Server, keeper_pid: u32, mount_id: &str) {
+fn publish(server: &Server) {
+    let config = &server.config;
     let devices = device_names(server.volumes.iter().map(|volume| volume.name()));
     let volumes = config.volumes.iter().zip(devices).map(|(volume, device)| RuntimeVolume {
         name: volume.name.clone(),
@@ -260,13 +260,13 @@ fn publish(config: &MountConfig, server: &Server, keeper_pid: u32, mount_id: &st
     let record = RuntimeRecord {
         mountpoint: config.mountpoint.clone(),
         server_pid: std::process::id(),
-        keeper_pid: Some(keeper_pid),
+        keeper_pid: Some(server.departure.keeper_pid()),
         control: config.control.clone(),
         state_dir: config.state_dir.clone(),
         volumes: volumes.collect(),
         started: humantime::format_rfc3339_seconds(std::time::SystemTime::now()).to_string(),
     };
-    if let Err(error) = record.publish(mount_id) {
+    if let Err(error) = record.publish(&MountConfig::mount_id(&config.mountpoint)) {
         log::error!("{error}");
     }
     if let Some(pidfile) = &config.pidfile {

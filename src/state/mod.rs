@@ -4,10 +4,12 @@
 //! - [`marks`]: what is written on the images themselves (rules 10 and 11);
 //! - [`pair`] and [`pulse`]: whether an unfinished mirror may go on where it stopped (rule 11);
 //! - [`runtime`]: how the command line finds a running mount;
+//! - [`keeper_file`]: the keeper's lock and its word on what it does;
 //! - [`paths`]: where all of it lies;
 //! - `envelope` and `files`: the format, and the replacing.
 mod envelope;
 mod files;
+pub mod keeper_file;
 pub mod marks;
 pub mod pair;
 pub mod paths;

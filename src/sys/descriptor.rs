@@ -1,8 +1,9 @@
-//! Descriptors: replacing what stands behind a number, and receiving some from another process.
+//! Descriptors: replacing what stands behind a number, receiving some from another process, keeping some over an exec.
 
 use std::io::{self, IoSliceMut};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 
 /// Lets the number of `target` name what `source` names: one atomic step, seen by every holder of the number. What
@@ -53,4 +54,30 @@ pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, 
         return Err(io::Error::from_raw_os_error(libc::EMSGSIZE));
     }
     Ok((len, descriptors))
+}
+
+/// Lets a descriptor stay open over execve(2), or closes it then, as all others are.
+///
+/// # Errors
+/// As fcntl(2).
+pub fn keep_over_exec(descriptor: impl AsFd, keep: bool) -> io::Result<()> {
+    let flags = if keep { FdFlag::empty() } else { FdFlag::FD_CLOEXEC };
+    fcntl(descriptor, FcntlArg::F_SETFD(flags)).map(drop).map_err(Into::into)
+}
+
+/// Takes a descriptor over that this program had open before it replaced itself by execve(2) (see [`keep_over_exec`]), or that
+/// its parent handed it by number. It is closed at the next one. Each number once, before anything else opens descriptors
+/// by numbers that it was told.
+///
+/// # Errors
+/// `EBADF`: it is not open.
+pub fn take_inherited(number: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: fcntl(2) with F_GETFD only looks at a number; one that is not open is an error.
+    if number <= 2 || unsafe { libc::fcntl(number, libc::F_GETFD) } == -1 {
+        return Err(io::Error::from_raw_os_error(libc::EBADF));
+    }
+    // SAFETY: it is open, and the caller is the first to own the number in this program.
+    let descriptor = unsafe { OwnedFd::from_raw_fd(number) };
+    keep_over_exec(&descriptor, false)?;
+    Ok(descriptor)
 }

@@ -22,6 +22,7 @@ pub struct Mount<'a> {
     options: Vec<OsString>,
     ready_made: bool,
     user: Option<String>,
+    program: PathBuf,
 }
 
 impl<'a> Mount<'a> {
@@ -35,6 +36,7 @@ impl<'a> Mount<'a> {
             options: Vec::new(),
             ready_made: false,
             user: None,
+            program: PathBuf::from(command::binary()),
         }
     }
 
@@ -61,6 +63,12 @@ impl<'a> Mount<'a> {
     /// As another user. Everything in the place is given to that user first.
     pub fn by(mut self, user: &str) -> Self {
         self.user = Some(user.to_owned());
+        self
+    }
+
+    /// By a copy of the program.
+    pub fn by_program(mut self, program: &Path) -> Self {
+        self.program = program.to_owned();
         self
     }
 
@@ -92,7 +100,11 @@ impl<'a> Mount<'a> {
         }
         arguments.extend(self.options.iter().cloned());
         match &self.user {
-            None => livemirror(arguments),
+            None => {
+                let mut command = Command::new(&self.program);
+                command.args(arguments);
+                command::finish(command)
+            }
             Some(user) => {
                 command::run("chown", [OsString::from("-R"), user.into(), self.place.path().into()]).ok();
                 command::finish(as_user(user, arguments))
@@ -199,6 +211,18 @@ impl Mounted {
         self.verb("status", ["--json"]).ok().json()
     }
 
+    /// A process of the mount, `server_pid` or `keeper_pid`, as `status` says now; 0: none.
+    #[track_caller]
+    pub fn pid(&self, which: &str) -> i32 {
+        self.status()[which].as_i64().and_then(|pid| i32::try_from(pid).ok()).unwrap_or(0)
+    }
+
+    /// Notes which processes there are now, so that [`Mounted::unmount`] waits for their end.
+    #[track_caller]
+    pub fn note_processes(&mut self) {
+        (self.server_pid, self.keeper_pid) = (self.pid("server_pid"), self.pid("keeper_pid"));
+    }
+
     /// The first volume's part of it.
     #[track_caller]
     pub fn volume(&self) -> Value {
@@ -259,8 +283,8 @@ impl Mounted {
         self.mounted = false;
     }
 
-    /// The log of the server: for failure messages.
-    fn log(&self) -> String {
+    /// The log of server and keeper.
+    pub fn log(&self) -> String {
         fs::read_to_string(self.state_dir.join("log")).unwrap_or_default()
     }
 }

@@ -15,6 +15,7 @@ use std::time::SystemTime;
 use fuser::{Errno, FileAttr, FileType, INodeNo};
 
 use crate::error::{Error, Result};
+use crate::fuse::flights::Flights;
 use crate::range::ByteRange;
 use crate::server::config::Layout;
 use crate::volume::{AttributeChange, Volume};
@@ -40,6 +41,7 @@ impl std::fmt::Debug for Disks {
 #[derive(Debug)]
 pub(super) struct DiskFilesystem {
     pub(super) disks: Disks,
+    pub(super) flights: Flights,
     started: SystemTime,
     /// Seconds since `started` at which a failed request was last logged.
     last_log_seconds: AtomicU64,
@@ -52,8 +54,8 @@ pub(super) enum Node<'a> {
 }
 
 impl DiskFilesystem {
-    pub(super) fn new(disks: Disks) -> Self {
-        DiskFilesystem { disks, started: SystemTime::now(), last_log_seconds: AtomicU64::new(u64::MAX) }
+    pub(super) fn new(disks: Disks, flights: Flights) -> Self {
+        DiskFilesystem { disks, flights, started: SystemTime::now(), last_log_seconds: AtomicU64::new(u64::MAX) }
     }
 
     pub(super) fn node(&self, inode: INodeNo) -> Result<Node<'_>, Errno> {

@@ -1,6 +1,7 @@
 //! The adapter between kernel requests and volumes: translate, call the volume, reply. It decides nothing about bytes.
 //!
-//! Each method ends in one reply, sent by the thread that read the request.
+//! Each method ends in one reply, sent by the thread that read the request. What may look at a disk is recorded as under way
+//! until before its reply ([`Flights`](super::flights::Flights)).
 //!
 //! The kernel remembers ENOSYS for the life of the connection and never asks again. So it is the answer only where it shall
 //! stay so: copy_file_range (the kernel then copies through read and write), poll (always ready), interrupt, and the
@@ -19,6 +20,7 @@ use fuser::{
 };
 
 use crate::fuse::disks::{DiskFilesystem, Node};
+use crate::fuse::flights::Named;
 use crate::fuse::read_buffer;
 use crate::range::ByteRange;
 use crate::volume::AttributeChange;
@@ -69,32 +71,35 @@ fn finish_attributes(reply: ReplyAttr, result: Result<FileAttr, Errno>) {
     answered();
 }
 
+impl DiskFilesystem {
+    /// Whatever may look at a disk is recorded as under way while it does.
+    fn fly<T>(&self, request: &Request, named: Named<'_>, work: impl FnOnce() -> Result<T, Errno>) -> Result<T, Errno> {
+        self.flights.run(request.unique().into(), named, work)
+    }
+}
+
 impl Filesystem for DiskFilesystem {
-    fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        let found = match self.node(parent) {
-            Ok(Node::Root) => self
-                .disks
-                .volumes
-                .iter()
-                .position(|volume| name == volume.name())
-                .ok_or(Errno::ENOENT)
-                .and_then(|index| self.attributes(Self::inode_of(index))),
-            Ok(Node::Disk(_)) => Err(Errno::ENOTDIR),
-            Err(errno) => Err(errno),
+    fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let found = || match self.node(parent)? {
+            Node::Root => {
+                let index = self.disks.volumes.iter().position(|volume| name == volume.name()).ok_or(Errno::ENOENT)?;
+                self.attributes(Self::inode_of(index))
+            }
+            Node::Disk(_) => Err(Errno::ENOTDIR),
         };
-        match found {
+        match self.fly(request, Named("lookup", parent.0, 0, 0), found) {
             Ok(attributes) => reply.entry_with_ttls(&ATTRIBUTE_TTL, &ENTRY_TTL, &attributes, GENERATION),
             Err(errno) => reply.error(errno),
         }
     }
 
-    fn getattr(&self, _: &Request, inode: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        finish_attributes(reply, self.attributes(inode));
+    fn getattr(&self, request: &Request, inode: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+        finish_attributes(reply, self.fly(request, Named("getattr", inode.0, 0, 0), || self.attributes(inode)));
     }
 
     fn setattr(
         &self,
-        _: &Request,
+        request: &Request,
         inode: INodeNo,
         mode: Option<u32>,
         uid: Option<u32>,
@@ -118,7 +123,8 @@ impl Filesystem for DiskFilesystem {
             accessed: accessed.map(time),
             modified: modified.map(time),
         });
-        finish_attributes(reply, self.change(inode, size, change));
+        let named = Named("setattr", inode.0, size.unwrap_or(0), 0);
+        finish_attributes(reply, self.fly(request, named, || self.change(inode, size, change)));
     }
 
     fn open(&self, _: &Request, inode: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
@@ -133,7 +139,7 @@ impl Filesystem for DiskFilesystem {
 
     fn read(
         &self,
-        _: &Request,
+        request: &Request,
         inode: INodeNo,
         _: FileHandle,
         offset: u64,
@@ -142,16 +148,19 @@ impl Filesystem for DiskFilesystem {
         _: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        read_buffer::with(size as usize, |buffer| match self.read_into(inode, offset, buffer) {
-            Ok(len) => reply.data(&buffer[..len]),
-            Err(errno) => reply.error(errno),
+        let named = Named("read", inode.0, offset, size.into());
+        read_buffer::with(size as usize, |buffer| {
+            match self.fly(request, named, || self.read_into(inode, offset, buffer)) {
+                Ok(len) => reply.data(&buffer[..len]),
+                Err(errno) => reply.error(errno),
+            }
         });
         answered();
     }
 
     fn write(
         &self,
-        _: &Request,
+        request: &Request,
         inode: INodeNo,
         _: FileHandle,
         offset: u64,
@@ -163,7 +172,8 @@ impl Filesystem for DiskFilesystem {
     ) {
         // O_SYNC contains O_DSYNC; RWF_DSYNC and RWF_SYNC show as the same flags.
         let durable = flags.0 & libc::O_DSYNC != 0;
-        match self.write_all(inode, offset, data, durable) {
+        let named = Named("write", inode.0, offset, data.len() as u64);
+        match self.fly(request, named, || self.write_all(inode, offset, data, durable)) {
             Ok(written) => reply.written(written),
             Err(errno) => reply.error(errno),
         }
@@ -175,14 +185,14 @@ impl Filesystem for DiskFilesystem {
         reply.ok();
     }
 
-    fn fsync(&self, _: &Request, inode: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
-        let flushed = self.disk(inode).and_then(|disk| disk.flush().map_err(|error| self.refuse(&error)));
-        finish(reply, flushed);
+    fn fsync(&self, request: &Request, inode: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+        let flush = || self.disk(inode)?.flush().map_err(|error| self.refuse(&error));
+        finish(reply, self.fly(request, Named("fsync", inode.0, 0, 0), flush));
     }
 
     fn fallocate(
         &self,
-        _: &Request,
+        request: &Request,
         inode: INodeNo,
         _: FileHandle,
         offset: u64,
@@ -190,11 +200,13 @@ impl Filesystem for DiskFilesystem {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        finish(reply, self.allocate(inode, ByteRange::new(offset, len), mode));
+        let named = Named("fallocate", inode.0, offset, len);
+        finish(reply, self.fly(request, named, || self.allocate(inode, ByteRange::new(offset, len), mode)));
     }
 
-    fn lseek(&self, _: &Request, inode: INodeNo, _: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
-        match self.seek(inode, offset, whence) {
+    fn lseek(&self, request: &Request, inode: INodeNo, _: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
+        let named = Named("lseek", inode.0, u64::try_from(offset).unwrap_or(0), 0);
+        match self.fly(request, named, || self.seek(inode, offset, whence)) {
             Ok(found) => reply.offset(found),
             Err(errno) => reply.error(errno),
         }
@@ -228,13 +240,14 @@ impl Filesystem for DiskFilesystem {
         reply.ok();
     }
 
-    fn statfs(&self, _: &Request, inode: INodeNo, reply: ReplyStatfs) {
+    fn statfs(&self, request: &Request, inode: INodeNo, reply: ReplyStatfs) {
         let disk = match self.node(inode) {
             Ok(Node::Disk(disk)) => Some(disk),
             _ => self.disks.volumes.first().map(|volume| &**volume),
         };
         let Some(disk) = disk else { return reply.error(Errno::EIO) };
-        match disk.room() {
+        let room = || disk.room().map_err(|error| self.refuse(&error));
+        match self.fly(request, Named("statfs", inode.0, 0, 0), room) {
             Ok(room) => {
                 let blocks = |bytes: u64| bytes / u64::from(STATFS_BLOCK_BYTES);
                 reply.statfs(
@@ -248,7 +261,7 @@ impl Filesystem for DiskFilesystem {
                     STATFS_BLOCK_BYTES,
                 );
             }
-            Err(error) => reply.error(self.refuse(&error)),
+            Err(errno) => reply.error(errno),
         }
     }
 

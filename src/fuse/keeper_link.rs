@@ -15,6 +15,7 @@ use parking_lot::Mutex;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::filesystem::has_answered;
+use crate::fuse::flights::Flights;
 use crate::fuse::init::Negotiated;
 use crate::fuse::link::{Link, ToKeeper, ToServer, WireError};
 use crate::fuse::mount::{How, Point};
@@ -49,6 +50,7 @@ pub struct Connection {
     pub fd: OwnedFd,
     /// What its first server agreed on with the kernel.
     pub negotiated: Negotiated,
+    pub(super) flights: Flights,
 }
 
 /// The link to the keeper.
@@ -68,8 +70,12 @@ pub(super) struct Kept {
     pub(super) config: Option<MountConfig>,
     pub(super) restarts: u64,
     pub(super) last_exit: Option<String>,
-    pub(super) connection: Option<Connection>,
+    /// /dev/fuse, and what was agreed on.
+    pub(super) connection: Option<(OwnedFd, Negotiated)>,
     pub(super) parked: Vec<Parked>,
+    /// The record of requests under way.
+    pub(super) flights: Option<OwnedFd>,
+    crashed: bool,
 }
 
 impl KeeperLink {
@@ -120,7 +126,9 @@ impl KeeperLink {
     /// # Errors
     /// The keeper is gone.
     pub fn receive_start(&self) -> Result<Start> {
-        let (ToServer::Start { config, first, restarts, last_exit, parked: count }, _) = self.receive()? else {
+        let (ToServer::Start { config, first, restarts, last_exit, parked: count, crashed }, flights) =
+            self.receive()?
+        else {
             return Err(unexpected());
         };
         let mut parked = Vec::with_capacity(count);
@@ -132,6 +140,7 @@ impl KeeperLink {
         }
         let mut kept = self.kept.lock();
         (kept.config, kept.restarts, kept.last_exit) = (Some(config.clone()), restarts, last_exit.clone());
+        (kept.flights, kept.crashed) = (flights, crashed);
         for (volume, role, descriptor) in &parked {
             kept.park(volume, *role, descriptor.as_fd())?;
         }
@@ -171,8 +180,10 @@ impl KeeperLink {
         match self.receive()? {
             (ToServer::Connection(negotiated), Some(fd)) => {
                 let again = fd.try_clone().map_err(|error| Error::io("cannot keep the connection", &error))?;
-                self.kept.lock().connection = Some(Connection { fd: again, negotiated });
-                Ok(Connection { fd, negotiated })
+                let mut kept = self.kept.lock();
+                kept.connection = Some((again, negotiated));
+                let flights = Flights::open(kept.flights.as_ref().map(AsFd::as_fd), kept.crashed)?;
+                Ok(Connection { fd, negotiated, flights })
             }
             (ToServer::MountFailed(error), _) => Err(error.into()),
             _ => Err(unexpected()),

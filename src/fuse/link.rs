@@ -91,7 +91,7 @@ pub enum ToLauncher {
 /// Keeper to server.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum ToServer {
-    /// The first message.
+    /// The first message. The record of requests under way comes with it, if there is one.
     Start {
         /// What to mount.
         config: MountConfig,
@@ -103,6 +103,9 @@ pub enum ToServer {
         last_exit: Option<String>,
         /// How many `Parked` follow.
         parked: usize,
+        /// The last server died by itself: perhaps of a request.
+        #[serde(default)]
+        crashed: bool,
     },
     /// A parked descriptor comes with it.
     Parked {
@@ -154,10 +157,12 @@ pub enum ToKeeper {
         /// Even when in use.
         abort: bool,
     },
-    /// Be the keeper of a mount that has lost its own; the connection comes with it. `Process` and what is parked follow.
+    /// Be the keeper of a mount that has lost its own; the connection comes with it. `Process`, `Flights` and what is parked follow.
     Adopt(Box<Adoption>),
     /// The server's process comes with it, as a descriptor.
     Process,
+    /// The record of requests under way comes with it, if there is one.
+    Flights,
 }
 
 /// What a server tells a keeper that it makes itself.

@@ -17,6 +17,7 @@
 
 mod disks;
 mod filesystem;
+mod flights;
 mod fusermount;
 pub mod helpers;
 pub mod holders;

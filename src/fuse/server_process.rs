@@ -3,7 +3,7 @@
 //! A server is the keeper's child, unless it has made the keeper itself because the one before died. Either way its end is seen
 //! by a descriptor of the process (pidfd): it tells when all threads have ended, that is, when all their I/O has.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -53,11 +53,18 @@ pub(super) struct Ending {
     /// As a clause.
     pub(super) text: String,
     pub(super) success: bool,
+    /// By itself, of what it did: not by being killed, nor by leaving.
+    pub(super) crashed: bool,
 }
 
 impl Server {
-    /// Starts `program` as one, and tells it `start` and what is parked.
-    pub(super) fn start(program: &Path, start: &ToServer, parked: &[Parked]) -> Result<Server> {
+    /// Starts `program` as one, and hands it `start`, the record of requests under way, and what is parked.
+    pub(super) fn start(
+        program: &Path,
+        start: &ToServer,
+        flights: Option<BorrowedFd<'_>>,
+        parked: &[Parked],
+    ) -> Result<Server> {
         let failed = |error: std::io::Error| Error::io("cannot start the server process", &error);
         let (link, theirs) = Link::pair()?;
         let mut command = Command::new(program);
@@ -74,7 +81,7 @@ impl Server {
                 return Err(failed(error));
             }
         };
-        let mut sent = link.send(start, None);
+        let mut sent = link.send(start, flights);
         for (volume, role, descriptor) in parked {
             let message = ToServer::Parked { volume: volume.clone(), role: *role };
             sent = sent.and_then(|()| link.send(&message, Some(descriptor.as_fd())));
@@ -122,18 +129,28 @@ impl Process {
             return Ok(None);
         }
         if !self.is_child {
-            return Ok(Some(Ending { text: "ended (how, only its dead keeper knew)".into(), success: false }));
+            return Ok(Some(Ending {
+                text: "ended (how, only its dead keeper knew)".into(),
+                success: false,
+                crashed: false,
+            }));
         }
         let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG;
         match waitid(Id::PIDFd(self.descriptor.as_fd()), flags) {
             Ok(WaitStatus::Exited(_, code)) => {
-                Ok(Some(Ending { text: format!("exited with code {code}"), success: code == 0 }))
+                Ok(Some(Ending { text: format!("exited with code {code}"), success: code == 0, crashed: false }))
             }
             Ok(WaitStatus::Signaled(_, signal, _)) => {
-                Ok(Some(Ending { text: format!("was killed by {signal}"), success: false }))
+                Ok(Some(Ending { text: format!("was killed by {signal}"), success: false, crashed: is_crash(signal) }))
             }
             Ok(_) | Err(nix::errno::Errno::EINTR) => Ok(None),
             Err(errno) => Err(Error::io("cannot wait for the server", &errno.into())),
         }
     }
+}
+
+/// A signal that a process gets for what it did itself. SIGKILL is not one: the operator, or the system short of memory.
+fn is_crash(signal: Signal) -> bool {
+    use Signal::{SIGABRT, SIGBUS, SIGFPE, SIGILL, SIGSEGV, SIGSYS, SIGTRAP};
+    matches!(signal, SIGABRT | SIGBUS | SIGFPE | SIGILL | SIGSEGV | SIGSYS | SIGTRAP)
 }

@@ -22,6 +22,7 @@ use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, socket
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::disks::{DiskFilesystem, Disks};
 use crate::fuse::init::{Negotiated, resend};
+use crate::fuse::keeper_link::Connection;
 use crate::sys::descriptor;
 
 /// A connection that is being served.
@@ -31,14 +32,15 @@ pub struct ServingSession {
 }
 
 impl ServingSession {
-    /// Serves `disks` on the live connection `fuse_fd` with `threads` threads, at least one. Requests that the last server
+    /// Serves `disks` on a live connection with `threads` threads, at least one. Requests that the last server
     /// left unanswered are sent again by the kernel: that server must have been reaped.
     ///
     /// # Errors
     /// Descriptors or threads ran out. The connection is as it was.
-    pub fn start(fuse_fd: OwnedFd, negotiated: &Negotiated, disks: Disks, threads: usize) -> Result<Self> {
+    pub fn start(connection: Connection, disks: Disks, threads: usize) -> Result<Self> {
         let failed = |error: &std::io::Error| Error::io("cannot start to serve the mount", error);
-        let session = shake_hands(negotiated, disks, threads)?;
+        let Connection { fd: fuse_fd, negotiated, flights } = connection;
+        let session = shake_hands(&negotiated, DiskFilesystem::new(disks, flights), threads)?;
         descriptor::replace(session.as_fd(), fuse_fd.as_fd()).map_err(|error| failed(&error))?;
         if negotiated.has_resend() {
             match resend(fuse_fd.as_fd()) {
@@ -69,7 +71,7 @@ impl ServingSession {
 }
 
 /// A session that believes to have a fresh connection: it has answered the synthetic FUSE_INIT, on one end of a socket pair.
-fn shake_hands(negotiated: &Negotiated, disks: Disks, threads: usize) -> Result<Session<DiskFilesystem>> {
+fn shake_hands(negotiated: &Negotiated, disks: DiskFilesystem, threads: usize) -> Result<Session<DiskFilesystem>> {
     let failed = |error: &std::io::Error| Error::io("cannot start to serve the mount", error);
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
         .map_err(|errno| failed(&errno.into()))?;
@@ -78,8 +80,7 @@ fn shake_hands(negotiated: &Negotiated, disks: Disks, threads: usize) -> Result<
     let mut config = Config::default();
     config.n_threads = Some(threads.max(1));
     config.acl = SessionACL::All;
-    let session = Session::from_fd(DiskFilesystem::new(disks), theirs, SessionACL::All, config)
-        .map_err(|error| failed(&error))?;
+    let session = Session::from_fd(disks, theirs, SessionACL::All, config).map_err(|error| failed(&error))?;
     check_handshake(&ours)?;
     Ok(session)
 }
@@ -106,6 +107,7 @@ pub fn connection_ended(fuse_fd: &OwnedFd) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fuse::flights::Flights;
     use crate::image::memory::MemoryImage;
     use crate::server::config::Layout;
     use crate::sys::populate::populated_buffers;
@@ -130,7 +132,8 @@ mod tests {
             max_write_bytes: 1 << 20,
         };
         let before = populated_buffers();
-        shake_hands(&negotiated, disks, 2).unwrap();
+        let flights = Flights::open(None, false).unwrap();
+        shake_hands(&negotiated, DiskFilesystem::new(disks, flights), 2).unwrap();
         // The library still asks for buffers of the size that the allocator knows them by.
         assert!(populated_buffers() > before);
     }

@@ -52,7 +52,7 @@ impl KeeperLink {
     }
 
     fn has_ended(&self) -> bool {
-        self.kept.lock().connection.as_ref().is_none_or(|connection| connection_ended(&connection.fd))
+        self.kept.lock().connection.as_ref().is_none_or(|(connection, _)| connection_ended(connection))
     }
 
     fn make_keeper(&self) -> Result<Child> {
@@ -81,20 +81,21 @@ impl KeeperLink {
     fn hand_over(&self, link: Link) -> Result<()> {
         let failed = |error: std::io::Error| Error::io("cannot hand the mount to a new keeper", &error);
         let kept = self.kept.lock();
-        let (Some(config), Some(connection)) = (&kept.config, &kept.connection) else {
+        let (Some(config), Some((connection, negotiated))) = (&kept.config, &kept.connection) else {
             return Err(Error::not_now("nothing is mounted"));
         };
         let adoption = Adoption {
             config: config.clone(),
-            negotiated: connection.negotiated,
+            negotiated: *negotiated,
             restarts: kept.restarts,
             last_exit: kept.last_exit.clone(),
             parked: kept.parked.len(),
             server_pid: std::process::id(),
         };
         let this = process::open(std::process::id()).map_err(failed)?;
-        link.send(&ToKeeper::Adopt(Box::new(adoption)), Some(connection.fd.as_fd()))?;
+        link.send(&ToKeeper::Adopt(Box::new(adoption)), Some(connection.as_fd()))?;
         link.send(&ToKeeper::Process, Some(this.as_fd()))?;
+        link.send(&ToKeeper::Flights, kept.flights.as_ref().map(AsFd::as_fd))?;
         for (volume, role, descriptor) in &kept.parked {
             link.send(&ToKeeper::Park { volume: volume.clone(), role: *role }, Some(descriptor.as_fd()))?;
         }

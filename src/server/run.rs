@@ -190,7 +190,7 @@ fn run(
     let control = ControlServer::start(&config.control, server.clone())?;
     let connection = link.opened()?;
     let disks = Disks { layout: config.layout, volumes: volumes.clone() };
-    let session = ServingSession::start(connection.fd, &connection.negotiated, disks, threads())?;
+    let session = ServingSession::start(connection, disks, threads())?;
     start_departure(&server)?;
     publish(&server);
     let published = server.clone();

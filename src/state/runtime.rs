@@ -56,7 +56,10 @@ impl RuntimeRecord {
 
     pub(super) fn publish_in(&self, directory: &Path, mount_id: &str) -> Result<()> {
         let name = format!("{mount_id}{SUFFIX}");
-        Ok(Directory::create(directory)?.stage(&name, &KIND.encode(self)?)?.commit()?)
+        let directory = Directory::create(directory)?;
+        // A server that was killed while it wrote this left it half done.
+        directory.remove_leftovers(&name);
+        Ok(directory.stage(&name, &KIND.encode(self)?)?.commit()?)
     }
 }
 
@@ -69,7 +72,9 @@ pub fn withdraw(mount_id: &str) -> Result<()> {
 }
 
 pub(super) fn withdraw_from(directory: &Path, mount_id: &str) -> Result<()> {
-    Directory::create(directory)?.remove(&format!("{mount_id}{SUFFIX}"))
+    let (directory, name) = (Directory::create(directory)?, format!("{mount_id}{SUFFIX}"));
+    directory.remove_leftovers(&name);
+    directory.remove(&name)
 }
 
 /// The record of the mount `mount_id`, looked for in our own runtime directories and in those of the user `owner` (the mount's

@@ -4,3 +4,4 @@ pub mod descriptor;
 pub mod files;
 pub mod populate;
 pub mod process;
+pub mod shared_page;

@@ -1,8 +1,8 @@
 //! A server whose keeper has died makes itself a new one: this is the new one's beginning.
 //!
 //! ```text
-//! server: starts internal-keeper adopt, sends Adopt (with the connection), Process (with itself), Park ... --> lock taken
-//!         <------------------------------------------------------------------------------------ Adopted
+//! server: starts internal-keeper adopt, sends Adopt (with the connection), Process, Flights, Park ... --> lock taken
+//!         <------------------------------------------------------------------------------------- Adopted
 //! ```
 //!
 //! From then on it is a keeper like any other, but for one thing: that server is not its child but its parent, so that it sees
@@ -29,11 +29,13 @@ pub(super) fn main() -> Result<()> {
     let unexpected = || Error::new(ErrorKind::Failed, "the server does not hand over what a keeper needs");
     let Some((ToKeeper::Adopt(adoption), Some(connection))) = link.receive()? else { return Err(unexpected()) };
     let Some((ToKeeper::Process, Some(process))) = link.receive()? else { return Err(unexpected()) };
+    let Some((ToKeeper::Flights, flights)) = link.receive()? else { return Err(unexpected()) };
     let Adoption { config, negotiated, restarts, last_exit, parked, server_pid } = *adoption;
     // Where another keeper lives nothing is touched.
     let file = KeeperFile::claim(&MountConfig::mount_id(&config.mountpoint))?;
     let mut keeper = Keeper::new(config, Waiting::Nobody, None)?;
     keeper.file = file;
+    keeper.flights = flights;
     for _ in 0..parked {
         match link.receive()? {
             Some((ToKeeper::Park { volume, role }, Some(descriptor))) => keeper.parked.push((volume, role, descriptor)),

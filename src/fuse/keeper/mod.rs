@@ -40,6 +40,7 @@ use crate::fuse::waiting::Waiting;
 use crate::server::config::MountConfig;
 use crate::state::keeper_file::{KeeperFile, KeeperWord, Upgrade};
 use crate::sys::process::set_io_flusher;
+use crate::sys::shared_page::SharedPage;
 
 /// The version of this program.
 const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -61,6 +62,8 @@ struct Keeper<'a> {
     /// `None`: there was no place for it.
     file: Option<KeeperFile>,
     parked: Vec<Parked>,
+    /// The record of requests under way, which the servers share. `None`: there is no memory for it.
+    flights: Option<OwnedFd>,
     kept: Option<Kept>,
     server: Option<Server>,
     helper: Option<Helper>,
@@ -68,6 +71,8 @@ struct Keeper<'a> {
     ready: bool,
     restarts: u64,
     last_exit: Option<String>,
+    /// The last server died by itself.
+    crashed: bool,
     delay: Duration,
     restart_at: Option<Instant>,
     /// The mount was ended by force: whatever the server does now is its end.
@@ -109,6 +114,7 @@ pub(super) fn run(config: MountConfig, waiting: Waiting<'_>) -> Result<()> {
     let mut keeper = Keeper::new(config, waiting, None)?;
     let result = file.and_then(|file| {
         keeper.file = file;
+        keeper.flights = SharedPage::create().ok();
         keeper.start_server()?;
         keeper.watch()
     });
@@ -147,12 +153,14 @@ impl<'a> Keeper<'a> {
             signals,
             file: None,
             parked: Vec::new(),
+            flights: None,
             kept: None,
             server: None,
             helper: None,
             ready: false,
             restarts: 0,
             last_exit: None,
+            crashed: false,
             delay: Duration::ZERO,
             restart_at: None,
             aborted: false,

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::{Keeper, Kept, THIS_PROGRAM};
 use crate::error::{Error, ErrorKind, Result};
+use crate::fuse::flights::made_progress;
 use crate::fuse::init::negotiate;
 use crate::fuse::link::{ToKeeper, ToServer, WireError};
 use crate::fuse::mount::{How, mount};
@@ -31,8 +32,10 @@ impl Keeper<'_> {
             restarts: self.restarts,
             last_exit: self.last_exit.clone(),
             parked: self.parked.len(),
+            crashed: std::mem::take(&mut self.crashed),
         };
-        self.server = Some(Server::start(program, &start, &self.parked)?);
+        let flights = self.flights.as_ref().map(AsFd::as_fd);
+        self.server = Some(Server::start(program, &start, flights, &self.parked)?);
         self.say();
         Ok(())
     }
@@ -57,7 +60,7 @@ impl Keeper<'_> {
             Ok(Some((ToKeeper::Unmount { abort }, _))) => {
                 self.start_unmount(if abort { How::Abort } else { How::Plain });
             }
-            Ok(Some((ToKeeper::Park { .. } | ToKeeper::Adopt(_) | ToKeeper::Process, _))) => {
+            Ok(Some((ToKeeper::Park { .. } | ToKeeper::Adopt(_) | ToKeeper::Process | ToKeeper::Flights, _))) => {
                 log::warn!("the server said something unexpected");
             }
             Ok(None) => server.silent = true,
@@ -149,12 +152,14 @@ impl Keeper<'_> {
             ));
         }
         self.restarts += 1;
+        self.crashed = ending.crashed;
         if self.goes_on_with_upgrade(&exit) {
             return Ok(false);
         }
         log::warn!("the server {exit}: starting it again");
         self.last_exit = Some(exit);
-        if server.answered || server.serving_since.is_some_and(|since| since.elapsed() >= SERVED_WELL) {
+        let progress = self.flights.as_ref().is_some_and(|page| made_progress(page.as_fd()));
+        if server.answered || progress || server.serving_since.is_some_and(|since| since.elapsed() >= SERVED_WELL) {
             self.delay = Duration::ZERO;
             self.restart_at = Some(Instant::now());
         } else {

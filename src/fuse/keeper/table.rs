@@ -49,6 +49,8 @@ struct Table {
     point: (RawFd, OsString, MountEntry),
     parked: Vec<(String, DescriptorRole, RawFd)>,
     server: Option<TableServer>,
+    #[serde(default)]
+    flights: Option<RawFd>,
     file: Option<(PathBuf, RawFd)>,
     restarts: u64,
     last_exit: Option<String>,
@@ -135,6 +137,8 @@ fn resume(table: Table) -> Result<()> {
         };
         keeper.server = Some(proven);
     }
+    // A keeper without it had none for a reason.
+    keeper.flights = table.flights.map(take).transpose()?;
     if let Some((path, number)) = table.file {
         keeper.file = KeeperFile::inherited(path, take(number)?);
     }
@@ -187,6 +191,7 @@ impl Keeper<'_> {
         if let Some(server) = &self.server {
             descriptors.extend([server.process.descriptor.as_fd(), server.link.as_fd()]);
         }
+        descriptors.extend(self.flights.as_ref().map(AsFd::as_fd));
         descriptors.extend(self.file.as_ref().map(|file| file.lock().as_fd()));
         let server = self.server.as_ref().map(|server| TableServer {
             pid: server.process.pid,
@@ -206,6 +211,7 @@ impl Keeper<'_> {
             point: (parent.as_raw_fd(), name.to_owned(), kept.point.entry.clone()),
             parked: parked.collect(),
             server,
+            flights: self.flights.as_ref().map(AsRawFd::as_raw_fd),
             file: self.file.as_ref().map(|file| (file.path().to_owned(), file.lock().as_raw_fd())),
             restarts: self.restarts,
             last_exit: self.last_exit.clone(),

@@ -92,7 +92,7 @@
 //! | 3 | clear before read, one copier at a time | [`dirty::DirtyMap::claim`]; the copier asks for extents after it |
 //! | 4 | tracking before the first look | [`mirror::start`], under the barrier |
 //! | 5 | acknowledged is kept | the cutover drains and flushes under the barrier; replies leave nothing only in memory |
-//! | 6 | the guest comes first | a guest waits for a target at most [`mirror::MAX_GUEST_DELAY`]; target errors are the job's |
+//! | 6 | the guest comes first | a guest waits for a target at most `--max-guest-delay`; target errors are the job's |
 //! | 7 | flush means flush | `fsync` and O_DSYNC writes flush the active image, and the target in write-blocking mode |
 //! | 8 | thin stays thin | holes are not copied, zero blocks are left out, guests' discards reach the target |
 //! | 9 | one writer per image | QEMU's byte-range locks, a fence of our own, O_EXCL on devices ([`image`]) |

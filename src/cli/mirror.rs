@@ -1,8 +1,9 @@
 //! `livemirror mirror`: starts the mirror of a disk.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::follow::{self, Waited};
 use super::interrupt::Interrupt;
@@ -65,7 +66,10 @@ pub struct MirrorArguments {
     /// Writes into a TARGET that is there already (block devices always are). Its content is lost.
     #[arg(long)]
     existing: bool,
-    /// Starts from the beginning, as every mirror of this version does.
+    /// The longest that a request of the guest waits for the target; past it the target gets the change later.
+    #[arg(long, value_name = "DURATION", value_parser = units::parse_duration, default_value = "2s")]
+    max_guest_delay: Duration,
+    /// Forgets a mirror of this disk that is unfinished, and starts from the beginning.
     #[arg(long)]
     restart: bool,
 }
@@ -114,20 +118,28 @@ impl MirrorArguments {
     /// # Errors
     /// It cannot start.
     pub fn start(&self, mount: &mut Mount, disk: &Disk, target: &str) -> Result<()> {
-        let request = self.request(disk, target)?;
-        if let Some(job) = &disk.status.mirror {
-            let what = format!("a mirror to {} runs already:", job.target);
-            return Err(Error::new(ErrorKind::Exists, what)
-                .on(disk.status.disk.clone())
-                .advise(format!("`livemirror cancel {}` ends it", disk.status.disk)));
+        let mut request = self.request(disk, target)?;
+        match &disk.status.mirror {
+            Some(job) if self.restart => {
+                mount.client.execute("livemirror-cancel", json!({ "device": disk.device, "keep": true }))?;
+                follow::until_gone(mount, disk)?;
+                // What the forgotten one has made of its target may be written over.
+                let left = job.target == target && Path::new(target).exists();
+                request.insert("existing".to_owned(), (self.existing || left).into());
+            }
+            Some(job) => {
+                let what = format!("a mirror to {} runs already:", job.target);
+                return Err(Error::new(ErrorKind::Exists, what).on(disk.status.disk.clone()).advise(format!(
+                    "`livemirror cancel {}` ends it, --restart forgets it and begins anew",
+                    disk.status.disk
+                )));
+            }
+            None => (),
         }
         mount.client.execute("livemirror-mirror", request.into()).map(drop)
     }
 
     fn request(&self, disk: &Disk, target: &str) -> Result<Map<String, Value>> {
-        if self.restart {
-            log::info!("--restart: every mirror of this version starts from the beginning");
-        }
         let mut request = Map::new();
         let mut put = |name: &str, value: Value| request.insert(name.to_owned(), value);
         put("device", disk.device.as_str().into());
@@ -138,6 +150,8 @@ impl MirrorArguments {
         put("on-source-error", self.on_source_error.as_str().into());
         put("on-target-error", self.on_target_error.as_str().into());
         put("existing", self.existing.into());
+        let delay_ms = u64::try_from(self.max_guest_delay.as_millis()).unwrap_or(u64::MAX);
+        put("max-guest-delay-ms", signed(delay_ms, "--max-guest-delay")?);
         if let Some(format) = &self.format {
             put("format", format.as_str().into());
         }

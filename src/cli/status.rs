@@ -11,8 +11,10 @@ use super::place::{self, Found, Mount};
 use super::progress::{self, Progress};
 use super::units;
 use crate::control::backend::{GuestTraffic, MountStatus, VolumeStatus};
+use crate::dirty::intent::{JobId, marked_bytes};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mirror::types::{LastMirror, MirrorResult};
+use crate::state::VolumeState;
 use crate::state::store::Store;
 
 /// How long a server may take to answer before its state is looked at.
@@ -109,7 +111,17 @@ pub fn from_state(found: &Found) -> Result<MountStatus> {
     let record = found.record()?;
     let owner = found.entry.user_id.unwrap_or_else(|| nix::unistd::geteuid().as_raw());
     let nothing = || Error::new(ErrorKind::NotFound, "there is no state in").on(record.state_dir.display().to_string());
-    let state = Store::open_existing(&record.state_dir, owner)?.ok_or_else(nothing)?.load()?.ok_or_else(nothing)?;
+    let store = Store::open_existing(&record.state_dir, owner)?.ok_or_else(nothing)?;
+    let state = store.load()?.ok_or_else(nothing)?;
+    let pulse = store.pulse().unwrap_or_default();
+    let unfinished = |volume: &VolumeState| {
+        let record = volume.mirror.as_ref()?;
+        let counts = pulse.volumes.get(&volume.name).copied().unwrap_or_default();
+        let log = std::fs::read(store.intent_log(&record.job)).unwrap_or_default();
+        let marked =
+            JobId::from_hex(&record.job).map_or(record.size_bytes, |job| marked_bytes(&log, &job, record.size_bytes));
+        Some(record.info(&counts, marked, Some("no server answers; it goes on when one does".to_owned())))
+    };
     let file_mount = is_file_mount(found);
     let is_dead = !super::unmount::is_alive(record.server_pid);
     let volumes = state.volumes.into_iter().map(|mut volume| {
@@ -119,6 +131,7 @@ pub fn from_state(found: &Found) -> Result<MountStatus> {
         volume
     });
     let volumes = volumes.map(|volume| VolumeStatus {
+        mirror: unfinished(&volume),
         disk: if file_mount { found.mountpoint().to_owned() } else { found.mountpoint().join(&volume.name) }
             .display()
             .to_string(),
@@ -128,7 +141,6 @@ pub fn from_state(found: &Found) -> Result<MountStatus> {
         active: volume.active,
         size_bytes: volume.active_identity.size_bytes,
         guest: GuestTraffic::default(),
-        mirror: None,
         last_mirror: volume.last_mirror,
     });
     Ok(MountStatus {

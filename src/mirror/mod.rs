@@ -21,7 +21,7 @@ mod supervise;
 pub mod types;
 
 pub use info::describe;
-pub use start::{MAX_GUEST_DELAY, Resumed, Setting, default_granularity, start};
+pub use start::{Resumed, Setting, default_granularity, start};
 
 #[cfg(test)]
 mod tests;

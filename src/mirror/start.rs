@@ -18,9 +18,6 @@ use crate::volume::Volume;
 use crate::volume::target::Target;
 use crate::volume::tracking::Tracking;
 
-/// How long a guest's write waits for the target at most.
-pub const MAX_GUEST_DELAY: Duration = Duration::from_secs(2);
-
 /// How long the start of a mirror waits for guest writes that are under way, while new ones wait for it.
 const BARRIER_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -126,7 +123,7 @@ pub fn start(options: MirrorOptions, setting: Setting, register: impl FnOnce(&Ar
         supervisor_idle: AtomicBool::new(false),
         options,
     });
-    let tracking = Tracking::new(map.clone(), target.clone(), job.clone(), MAX_GUEST_DELAY);
+    let tracking = Tracking::new(map.clone(), target.clone(), job.clone(), job.options.max_guest_delay);
     tracking.set_synchronous(synchronous);
     let raised = volume
         .raise_barrier(Some(Instant::now() + BARRIER_PATIENCE))

@@ -1,10 +1,15 @@
 //! What is said about a mirror job: its options, states, verbs, counters and events. The words are those of QEMU's jobs
 //! (QAPI `JobStatus`, `JobVerb`, `MirrorCopyMode`, `BlockdevOnError`).
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 use crate::image::Format;
 use crate::range::Granularity;
+
+/// How long a guest's request waits for the target at most, where nothing else is told.
+pub const MAX_GUEST_DELAY: Duration = Duration::from_secs(2);
 
 /// When a guest's write is answered.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -112,6 +117,8 @@ pub struct MirrorOptions {
     pub on_source_error: ErrorPolicy,
     /// On a write error of the target.
     pub on_target_error: ErrorPolicy,
+    /// How long a guest's request waits for the target, or for the intent log, at most.
+    pub max_guest_delay: Duration,
     /// False: a job told to complete waits in `pending` for `finalize`.
     pub auto_finalize: bool,
     /// False: a job that ended stays in `concluded` until `dismiss`.
@@ -132,6 +139,7 @@ impl MirrorOptions {
             buffer_bytes: 16 << 20,
             on_source_error: ErrorPolicy::Report,
             on_target_error: ErrorPolicy::Enospc,
+            max_guest_delay: MAX_GUEST_DELAY,
             auto_finalize: true,
             auto_dismiss: true,
         }

@@ -16,7 +16,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
 use crate::mirror::job::Job;
 use crate::mirror::types::{CancelMode, JobStatus, LastMirror, MirrorOptions, MirrorResult};
-use crate::mirror::{self, MAX_GUEST_DELAY, Resumed, Setting, default_granularity};
+use crate::mirror::{self, Resumed, Setting, default_granularity};
 use crate::state::{MirrorRecord, Stamp, random_id};
 use crate::sync::Arc;
 use crate::volume::Volume;
@@ -54,7 +54,7 @@ impl Server {
         }
         let untie = Untie::new(&self.ledger, volume);
         untie.know(&target.image);
-        let settings = Settings::new(MAX_GUEST_DELAY, untie);
+        let settings = Settings::new(options.max_guest_delay, untie);
         let id = JobId::from_hex(&job).ok_or_else(|| Error::new(ErrorKind::Corrupt, "no id for a job"))?;
         let intent = match IntentLog::create(&self.ledger.store.intent_log(&job), id, size_bytes, settings) {
             Ok(intent) => intent,

@@ -18,9 +18,9 @@ use crate::dirty::IntentLog;
 use crate::dirty::intent::{JobId, Settings};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{OpenOptions, Role, open, own_mount, refuse_on_own_disk, refuse_same};
-use crate::mirror::types::{IoStatus, JobInfo, JobStatus};
-use crate::mirror::{MAX_GUEST_DELAY, Resumed};
-use crate::range::{ByteRange, Granularity};
+use crate::mirror::Resumed;
+use crate::mirror::types::JobInfo;
+use crate::range::ByteRange;
 use crate::state::{Counts, MirrorRecord};
 use crate::sync::{Arc, Condvar, Mutex, wait_until};
 use crate::volume::Volume;
@@ -64,7 +64,7 @@ impl Unfinished {
         counts: Counts,
     ) -> Result<Arc<Unfinished>> {
         let untie = Untie::new(ledger, volume);
-        let settings = Settings::new(MAX_GUEST_DELAY, untie.clone());
+        let settings = Settings::new(record.options.max_guest_delay, untie.clone());
         let path = ledger.store.intent_log(&record.job);
         let job = JobId::from_hex(&record.job)
             .ok_or_else(|| Error::new(ErrorKind::Corrupt, "the record names no job:").on(&*record.job))?;
@@ -195,37 +195,6 @@ impl Unfinished {
     /// What `status` shows of it: paused, and why.
     pub(super) fn info(&self, record: &MirrorRecord) -> JobInfo {
         let last_error = self.state.lock().last_error.as_ref().map(crate::mirror::describe);
-        let marked = self.intent.marked_bytes();
-        let options = &record.options;
-        JobInfo {
-            job_id: options.job_id.clone(),
-            target: options.target.clone(),
-            state: JobStatus::Paused,
-            copy_mode: options.copy_mode,
-            granularity: options.granularity.unwrap_or(Granularity::DEFAULT).bytes(),
-            ready: false,
-            in_sync: false,
-            data_bytes: self.counts.copied + marked,
-            copied_bytes: self.counts.copied,
-            dirty_bytes: marked,
-            in_flight_bytes: 0,
-            zeroed_bytes: self.counts.zeroed,
-            discarded_bytes: self.counts.discarded,
-            skipped_bytes: self.counts.skipped,
-            source_allocated_bytes: self.volume.active().allocated_bytes().unwrap_or(0),
-            target_allocated_bytes: 0,
-            dirty_bytes_per_second: 0,
-            drain_bytes_per_second: 0,
-            eta_seconds: None,
-            speed: options.speed_bytes_per_second,
-            io_status: if last_error.is_some() { IoStatus::Failed } else { IoStatus::Ok },
-            last_error,
-            paused: true,
-            busy: false,
-            actively_synced: false,
-            auto_finalize: options.auto_finalize,
-            auto_dismiss: options.auto_dismiss,
-            error: None,
-        }
+        record.info(&self.counts, self.intent.marked_bytes(), last_error)
     }
 }

@@ -8,9 +8,11 @@ use std::time::SystemTime;
 use serde::{Deserialize, Serialize};
 
 use super::pair::{PairMark, Stamp};
+use super::pulse::Counts;
 use crate::error::{Error, Result};
 use crate::image::{Format, Identity};
-use crate::mirror::types::{LastMirror, MirrorOptions, MirrorResult};
+use crate::mirror::types::{IoStatus, JobInfo, JobStatus, LastMirror, MirrorOptions, MirrorResult};
+use crate::range::Granularity;
 use crate::volume::ShownAttributes;
 
 /// The mount.
@@ -104,6 +106,41 @@ pub struct FormerImage {
 }
 
 impl MirrorRecord {
+    /// What `status` shows of the mirror while nothing is copied: paused, and why. `marked_bytes`: what is to be copied again.
+    pub fn info(&self, counts: &Counts, marked_bytes: u64, last_error: Option<String>) -> JobInfo {
+        let options = &self.options;
+        JobInfo {
+            job_id: options.job_id.clone(),
+            target: options.target.clone(),
+            state: JobStatus::Paused,
+            copy_mode: options.copy_mode,
+            granularity: options.granularity.unwrap_or(Granularity::DEFAULT).bytes(),
+            ready: false,
+            in_sync: false,
+            data_bytes: counts.copied + marked_bytes,
+            copied_bytes: counts.copied,
+            dirty_bytes: marked_bytes,
+            in_flight_bytes: 0,
+            zeroed_bytes: counts.zeroed,
+            discarded_bytes: counts.discarded,
+            skipped_bytes: counts.skipped,
+            source_allocated_bytes: 0,
+            target_allocated_bytes: 0,
+            dirty_bytes_per_second: 0,
+            drain_bytes_per_second: 0,
+            eta_seconds: None,
+            speed: options.speed_bytes_per_second,
+            io_status: if last_error.is_some() { IoStatus::Failed } else { IoStatus::Ok },
+            last_error,
+            paused: true,
+            busy: false,
+            actively_synced: false,
+            auto_finalize: options.auto_finalize,
+            auto_dismiss: options.auto_dismiss,
+            error: None,
+        }
+    }
+
     /// Why an image that says `mark` is not the one that was paired; `None`: it is. `marked`: it could carry a mark.
     pub fn mismatch(&self, marked: bool, mark: Option<&PairMark>) -> Option<String> {
         match mark {

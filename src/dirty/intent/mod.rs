@@ -48,7 +48,7 @@ use std::time::{Duration, Instant};
 pub use self::clock::{Clock, CoarseClock};
 pub use self::file::LogFile;
 pub use self::format::JobId;
-pub use self::recovery::{Recovery, recover};
+pub use self::recovery::{Recovery, marked_bytes, recover};
 pub use self::retire::{Clearing, HOT_SECONDS};
 
 use self::format::{Layout, SECTOR_BYTES, encode};

@@ -98,3 +98,9 @@ pub fn recover(bytes: &[u8], job: &JobId, size_bytes: u64) -> (Vec<u64>, Recover
     }
     (marked, recovery)
 }
+/// Bytes of the regions that a log of these bytes has marked, to the nearest region.
+pub fn marked_bytes(bytes: &[u8], job: &JobId, size_bytes: u64) -> u64 {
+    let (marked, _) = recover(bytes, job, size_bytes);
+    let regions: u64 = marked.iter().map(|word| u64::from(word.count_ones())).sum();
+    (regions * Layout::new(size_bytes).region_bytes()).min(size_bytes)
+}

@@ -89,13 +89,9 @@ impl Region {
     }
 
     /// How many writes are in flight here.
+    #[cfg(all(test, not(shuttle)))]
     pub(super) fn entered(&self) -> u32 {
         self.word.load(SeqCst) & COUNT_MASK
-    }
-
-    /// When the last write ended, 0 if there was none.
-    pub(super) fn written(&self) -> u32 {
-        self.written.load(SeqCst)
     }
 
     /// From state to state, whatever the count. False: it was in another state.
@@ -135,6 +131,16 @@ impl Regions {
         let at = region as usize;
         let page = self.pages[at / PAGE].get().unwrap_or_else(|| self.allocate(at / PAGE));
         &page[at % PAGE]
+    }
+
+    /// Coarse seconds at which a write was last under way in the region, as far as is known at `now`; 0: never.
+    pub(super) fn written(&self, region: u32, now: u32) -> u32 {
+        let page = self.pages[region as usize / PAGE].get();
+        match page.map(|page| &page[region as usize % PAGE]) {
+            Some(region) if region.word.load(SeqCst) & COUNT_MASK > 0 => now,
+            Some(region) => region.written.load(SeqCst),
+            None => 0,
+        }
     }
 
     #[cold]

@@ -103,26 +103,33 @@ impl Inner {
 
     /// (a)
     fn look(&self, number: u32, now: u32, clearing: &dyn Clearing) -> Look {
-        let region = self.regions.get(number);
-        let cools_in = || match region.written() {
-            _ if region.entered() > 0 => HOT_SECONDS + 1,
-            0 => 0,
-            // The seconds are whole ones: one more, so that it is never less than they say.
-            written => (written.saturating_add(HOT_SECONDS + 1)).saturating_sub(now),
-        };
         let bytes = self.layout.bytes_of(number, number + 1);
-        if let seconds @ 1.. = cools_in() {
+        if let seconds @ 1.. = self.cools_in(number, now) {
             return Look::Hot(seconds);
         }
         // Looked at twice: most are dirty while a copy runs, and it disturbs nobody to see that.
-        if !clearing.is_quiet(bytes) || !region.change_idle(State::Set, State::Retiring) {
+        if !clearing.is_quiet(bytes) || !self.regions.get(number).change_idle(State::Set, State::Retiring) {
             return Look::Busy;
         }
-        if cools_in() > 0 || !clearing.is_quiet(bytes) {
-            region.change(State::Retiring, State::Set);
+        if self.cools_in(number, now) > 0 || !clearing.is_quiet(bytes) {
+            self.set_back(number);
             return Look::Busy;
         }
         Look::Retiring
+    }
+
+    /// Seconds until the region may have cooled.
+    fn cools_in(&self, number: u32, now: u32) -> u32 {
+        match self.regions.written(number, now) {
+            0 => 0,
+            // The seconds are whole ones: one more, so that it is never less than they say.
+            written => written.saturating_add(HOT_SECONDS + 1).saturating_sub(now),
+        }
+    }
+
+    fn set_back(&self, number: u32) {
+        // In another state it is in use already.
+        self.regions.get(number).change(State::Retiring, State::Set);
     }
 
     /// (b) and (c), and waits for (d). Returns how many regions are clear now.
@@ -134,7 +141,7 @@ impl Inner {
         retiring.retain(|&number| {
             let quiet = flushed.is_ok() && clearing.is_quiet(self.layout.bytes_of(number, number + 1));
             if !quiet {
-                self.regions.get(number).change(State::Retiring, State::Set);
+                self.set_back(number);
             }
             quiet
         });
@@ -143,7 +150,7 @@ impl Inner {
         }
         let mut queue = self.queue.lock();
         if queue.stop_retiring || queue.closing || queue.health != Health::Sound {
-            retiring.iter().for_each(|&region| _ = self.regions.get(region).change(State::Retiring, State::Set));
+            retiring.into_iter().for_each(|region| self.set_back(region));
             return 0;
         }
         queue.retired.append(&mut retiring);
@@ -157,9 +164,7 @@ impl Inner {
             return queue.cleared;
         }
         // What is under way ends without us; what is not goes back.
-        for region in std::mem::take(&mut queue.retired) {
-            self.regions.get(region).change(State::Retiring, State::Set);
-        }
+        std::mem::take(&mut queue.retired).into_iter().for_each(|region| self.set_back(region));
         0
     }
 }

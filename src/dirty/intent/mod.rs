@@ -233,7 +233,8 @@ impl IntentLog {
         drop(self.enter(range));
     }
 
-    /// Lets bits be cleared from now on, in place of what was attached before.
+    /// Lets bits be cleared from now on, in place of what was attached before. What may differ must be dirty already: a marked
+    /// region in which nothing is dirty is cleared at once.
     pub fn attach(&self, clearing: Arc<dyn Clearing>) {
         let mut retirer = self.retirer.lock();
         self.stop_retirer(&mut retirer);
@@ -311,13 +312,13 @@ impl IntentLog {
     pub fn close(&self) {
         self.detach();
         let Some(writer) = self.writer.lock().take() else { return };
-        let deadline = Instant::now() + self.inner.settings.max_wait;
+        let deadline = Instant::now().checked_add(self.inner.settings.max_wait);
         let mut queue = self.inner.queue.lock();
         queue.closing = true;
         self.inner.work.notify_all();
         let mut in_time = true;
         while in_time && !queue.ended {
-            in_time = wait_until(&self.inner.done, &mut queue, Some(deadline));
+            in_time = wait_until(&self.inner.done, &mut queue, deadline);
         }
         let ended = queue.ended;
         drop(queue);

@@ -3,6 +3,8 @@
 
 use std::time::Duration;
 
+use shuttle::rand::Rng;
+
 use super::region::State;
 use super::simulated::{World, regions};
 use super::*;
@@ -14,14 +16,24 @@ fn check(body: fn()) {
     shuttle::check_pct(body, SCHEDULES, 3);
 }
 
-/// A world in which nothing is hot.
+/// A world whose clock stands at 0, which means never: nothing is hot, not even what is written at this moment.
 fn world(count: usize) -> Arc<World> {
     let world = World::new(count);
-    world.seconds_a_look.store(100, SeqCst);
+    world.seconds.store(0, SeqCst);
     world
 }
 
-fn spawn(world: &Arc<World>, log: &Arc<IntentLog>, body: fn(&Arc<World>, &IntentLog)) -> thread::JoinHandle<()> {
+/// Lets the others go on for a while, so that a short thread comes at any moment of a long one.
+fn dawdle() {
+    for _ in 0..shuttle::rand::thread_rng().gen_range(0..60) {
+        thread::yield_now();
+    }
+}
+
+fn spawn<F>(world: &Arc<World>, log: &Arc<IntentLog>, body: F) -> thread::JoinHandle<()>
+where
+    F: FnOnce(&Arc<World>, &IntentLog) + Send + 'static,
+{
     let (world, log) = (Arc::clone(world), Arc::clone(log));
     thread::spawn(move || body(&world, &log))
 }
@@ -34,16 +46,12 @@ fn a_write_is_inside_only_while_its_bit_is_durable() {
         let log = Arc::new(world.log_with(Duration::from_secs(3600), &[1]));
         let write: fn(&Arc<World>, &IntentLog) = |world, log| {
             for count in [1, 2] {
+                dawdle();
                 let passage = log.enter(regions(2 - count, count));
                 assert!(world.is_durable(1) && (count == 1 || world.is_durable(0)));
                 thread::yield_now();
                 assert!(world.is_durable(1) && (count == 1 || world.is_durable(0)));
                 drop(passage);
-            }
-        };
-        let retire: fn(&Arc<World>, &IntentLog) = |world, log| {
-            for _ in 0..2 {
-                log.inner.pass(&**world);
             }
         };
         let threads = [spawn(&world, &log, write), spawn(&world, &log, write), spawn(&world, &log, retire)];
@@ -55,6 +63,20 @@ fn a_write_is_inside_only_while_its_bit_is_durable() {
     });
 }
 
+fn retire(world: &Arc<World>, log: &IntentLog) {
+    for _ in 0..4 {
+        dawdle();
+        log.inner.pass(&**world);
+    }
+}
+
+fn write_one_by_one(world: &World, log: &IntentLog, regions: [u32; 2]) {
+    for region in regions {
+        dawdle();
+        world.guest_write(log, region);
+    }
+}
+
 /// Guests, a copier and the retirer: at each instant, where source and target may differ after a power cut, the log says so.
 #[test]
 fn a_power_cut_at_any_instant_loses_nothing() {
@@ -63,14 +85,15 @@ fn a_power_cut_at_any_instant_loses_nothing() {
         let log = Arc::new(world.log());
         let copy: fn(&Arc<World>, &IntentLog) = |world, _| {
             for _ in 0..3 {
+                dawdle();
                 world.copy_one();
             }
         };
         let threads = [
-            spawn(&world, &log, |world, log| [0, 0].iter().for_each(|region| world.guest_write(log, *region))),
-            spawn(&world, &log, |world, log| [0, 1].iter().for_each(|region| world.guest_write(log, *region))),
+            spawn(&world, &log, |world, log| write_one_by_one(world, log, [0, 0])),
+            spawn(&world, &log, |world, log| write_one_by_one(world, log, [0, 1])),
             spawn(&world, &log, copy),
-            spawn(&world, &log, |world, log| (0..3).for_each(|_| _ = log.inner.pass(&**world))),
+            spawn(&world, &log, retire),
         ];
         threads.into_iter().for_each(|thread| thread.join().unwrap());
         while world.copy_one() {}
@@ -111,7 +134,11 @@ fn it_can_be_detached_at_any_moment() {
         let world = world(1);
         let log = Arc::new(world.log_with(Duration::from_secs(3600), &[0]));
         log.attach(world.clone());
-        let guest = spawn(&world, &log, |world, log| world.guest_write(log, 0));
+        let guest = spawn(&world, &log, |world, log| {
+            dawdle();
+            world.guest_write(log, 0);
+        });
+        dawdle();
         log.detach();
         guest.join().unwrap();
         world.copy_one();

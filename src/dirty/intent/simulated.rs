@@ -67,9 +67,8 @@ pub(super) struct World {
     pub(super) in_flush: Mutex<Option<Box<dyn FnMut() + Send>>>,
     pub(super) forgotten: Mutex<Vec<String>>,
     pub(super) in_forget: Mutex<Option<Box<dyn FnMut() + Send>>>,
+    /// What the clock says. At 0, which means never, nothing is ever hot.
     pub(super) seconds: AtomicU32,
-    /// Seconds that pass with each look at the clock.
-    pub(super) seconds_a_look: AtomicU32,
 }
 
 /// What fails, and what waits.
@@ -102,7 +101,6 @@ impl World {
             forgotten: Mutex::default(),
             in_forget: Mutex::default(),
             seconds: AtomicU32::new(1),
-            seconds_a_look: AtomicU32::new(0),
         })
     }
 
@@ -315,6 +313,6 @@ impl Forget for World {
 
 impl Clock for World {
     fn seconds(&self) -> u32 {
-        self.seconds.fetch_add(self.seconds_a_look.load(SeqCst), SeqCst)
+        self.seconds.load(SeqCst)
     }
 }

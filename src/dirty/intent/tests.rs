@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use super::region::State;
 use super::simulated::{REGION, World, regions};
 use super::*;
+use crate::image::faulty::Gate;
 
 /// Polls until `is_so`; a test that waits in vain fails.
 fn eventually(what: &str, is_so: impl Fn() -> bool) {
@@ -17,6 +18,15 @@ fn eventually(what: &str, is_so: impl Fn() -> bool) {
     while !is_so() {
         assert!(Instant::now() < deadline, "not in time: {what}");
         std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Opens a gate at the end of a scope of threads, also when it ends with a failure: else nobody would hear of that.
+struct OpensAtLast(Arc<Gate>);
+
+impl Drop for OpensAtLast {
+    fn drop(&mut self) {
+        self.0.open();
     }
 }
 

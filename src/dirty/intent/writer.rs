@@ -90,7 +90,7 @@ impl Inner {
     /// Waits until all of `touched`, in which the caller is counted, is durably marked, or the log is broken.
     #[cold]
     pub(super) fn wait_until_durable(&self, touched: Range<u32>) {
-        let deadline = Instant::now() + self.settings.max_wait;
+        let deadline = Instant::now().checked_add(self.settings.max_wait);
         let mut queue = self.queue.lock();
         for region in touched.clone() {
             self.ask(&mut queue, region);
@@ -111,11 +111,11 @@ impl Inner {
             let sound = queue.health == Health::Sound;
             let what = match sound {
                 true if queue.ended => "a write came after the end of the intent log".to_owned(),
-                true if Instant::now() >= deadline => {
+                true if deadline.is_some_and(|deadline| Instant::now() >= deadline) => {
                     format!("no answer for {:?} from the intent log", self.settings.max_wait)
                 }
                 _ => {
-                    wait_until(&self.done, &mut queue, sound.then_some(deadline));
+                    wait_until(&self.done, &mut queue, deadline.filter(|_| sound));
                     continue;
                 }
             };

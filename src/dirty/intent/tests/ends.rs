@@ -1,7 +1,6 @@
 //! The end of a bit: each condition of rule 2, the time that a region stays hot, and the retirer's thread.
 
 use super::*;
-use crate::image::faulty::Gate;
 
 const EVERYTHING: &[u32] = &[0, 1, 2, 3, 4, 5, 6, 7];
 
@@ -115,7 +114,7 @@ fn a_write_that_marked_dirty_between_the_looks_is_seen() {
     }
     let world = World::new(8);
     let log = world.log_with(Duration::from_secs(60), &[1]);
-    world.seconds_a_look.store(100, SeqCst);
+    world.seconds.store(0, SeqCst);
     log.inner.pass(&Late(&world, &log, AtomicBool::new(false)));
     assert_eq!((state(&log, 1), world.flushes.load(SeqCst)), (State::Set, 0));
 }
@@ -127,6 +126,7 @@ fn a_write_while_the_bit_is_cleared_waits_and_marks_again() {
     let gate = Gate::new();
     world.faults.lock().unwrap().before_sync = Some(gate.clone());
     std::thread::scope(|scope| {
+        let _at_last = OpensAtLast(gate.clone());
         let pass = scope.spawn(|| log.inner.pass(&*world));
         gate.wait_for_arrivals(1);
         assert_eq!(state(&log, 1), State::Clearing);
@@ -198,11 +198,13 @@ fn detaching_waits_for_a_call_that_is_under_way() {
     let in_flush = gate.clone();
     *world.in_flush.lock().unwrap() = Some(Box::new(move || in_flush.pass()));
     std::thread::scope(|scope| {
+        let _at_last = OpensAtLast(gate.clone());
         log.attach(world.clone());
         gate.wait_for_arrivals(1);
         let detach = scope.spawn(|| log.detach());
         // A guest does not wait for the flush meanwhile.
         log.mark_durably(regions(4, 1));
+        eventually("it is to stop", || log.inner.queue.lock().stop_retiring);
         std::thread::sleep(Duration::from_millis(20));
         assert!(!detach.is_finished());
         gate.open();

@@ -5,7 +5,6 @@ use std::path::PathBuf;
 
 use super::*;
 use crate::dirty::intent::simulated::JOB;
-use crate::image::faulty::Gate;
 
 #[test]
 fn a_bit_is_durable_before_the_write_goes_on() {
@@ -51,6 +50,7 @@ fn guests_that_come_while_a_group_is_written_share_the_next() {
     let gate = Gate::new();
     world.faults.lock().unwrap().before_sync = Some(gate.clone());
     std::thread::scope(|scope| {
+        let _at_last = OpensAtLast(gate.clone());
         let (log, world) = (&log, &world);
         scope.spawn(|| log.mark_durably(regions(0, 1)));
         gate.wait_for_arrivals(1);
@@ -64,7 +64,10 @@ fn guests_that_come_while_a_group_is_written_share_the_next() {
                 })
             })
             .collect();
-        eventually("all are counted", || (10..18).all(|region| log.inner.regions.get(region).entered() == 2));
+        eventually("all wait", || {
+            let waits = |region| log.inner.regions.get(region).entered() == 2 && state(log, region) == State::Setting;
+            (10..18).all(waits)
+        });
         assert!(guests.iter().all(|guest| !guest.is_finished()));
         gate.open();
     });
@@ -78,6 +81,7 @@ fn what_is_read_back_is_made_durable_before_it_is_believed() {
     let gate = Gate::new();
     world.faults.lock().unwrap().before_sync = Some(gate.clone());
     std::thread::scope(|scope| {
+        let _at_last = OpensAtLast(gate.clone());
         scope.spawn(|| log.mark_durably(regions(3, 1)));
         gate.wait_for_arrivals(1);
         // The server dies here: its successor reads the mark, which no fdatasync has made durable.

@@ -3,15 +3,17 @@
 
 mod common;
 
+use std::ffi::OsString;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde_json::{Value, json};
 
 use common::command;
-use common::mounted::{Mount, Mounted};
+use common::mounted::{Mount, Mounted, words};
 use common::pattern::{self, Habits, Load, Table};
 use common::place::Place;
 use common::random;
@@ -234,11 +236,21 @@ fn only_as_keeper(what: &str) -> String {
 }
 
 #[test]
-fn a_mirror_that_runs_is_not_given_up_unasked() {
+fn a_mirror_that_runs_goes_on() {
     let story = Story::start();
-    story.mounted.verb_on(&story.mounted.disk("b.img"), "mirror", [story.place.at("c.img").into_os_string()]).ok();
-    let refused = story.upgrade().exits_with(3);
-    assert!(refused.complaint().contains("b.img"), "{refused}");
-    assert_eq!(story.mounted.status()["restarts"], 0);
+    let (disk, target) = (story.mounted.disk("b.img"), story.place.at("c.img"));
+    story.mounted.verb_on(&disk, "mirror", words(&target, &["--speed", "1M", "--copy-mode", "background"])).ok();
+    story.upgrade().ok();
+    let mirror_of_b = |volumes: &[Value]| {
+        let volume = volumes.iter().find(|volume| volume["name"] == "b.img").expect("b.img");
+        assert!(volume["last_mirror"].is_null(), "it has ended: {volume}");
+        volume["mirror"].clone()
+    };
+    story.mounted.wait_for("the mirror to go on", |volumes| mirror_of_b(volumes)["state"] == "running");
+    let status = story.mounted.status();
+    let job = mirror_of_b(status["volumes"].as_array().expect("volumes"));
+    assert_eq!((&job["speed"], &job["copy_mode"]), (&json!(1 << 20), &json!("background")), "{job}");
+    story.mounted.verb_on(&disk, "cancel", Vec::<OsString>::new()).ok();
+    assert!(!target.exists(), "what the mirror made is removed by a server that did not make it");
     story.end();
 }

@@ -14,8 +14,8 @@ use crate::control::backend::{GuestTraffic, MountStatus, VolumeStatus};
 use crate::dirty::intent::{JobId, marked_bytes};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mirror::types::{LastMirror, MirrorResult};
-use crate::state::VolumeState;
 use crate::state::store::Store;
+use crate::state::{MountState, VolumeState};
 
 /// How long a server may take to answer before its state is looked at.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -103,16 +103,30 @@ pub fn of(found: &Found) -> Result<MountStatus> {
     }
 }
 
+/// The record of a mount.
+///
+/// # Errors
+/// There is none, or it cannot be read.
+pub fn recorded(found: &Found) -> Result<MountState> {
+    store_and_state(found).map(|(_, state)| state)
+}
+
+fn store_and_state(found: &Found) -> Result<(Store, MountState)> {
+    let record = found.record()?;
+    let owner = found.entry.user_id.unwrap_or_else(|| nix::unistd::geteuid().as_raw());
+    let nothing = || Error::new(ErrorKind::NotFound, "there is no state in").on(record.state_dir.display().to_string());
+    let store = Store::open_existing(&record.state_dir, owner)?.ok_or_else(nothing)?;
+    let state = store.load()?.ok_or_else(nothing)?;
+    Ok((store, state))
+}
+
 /// What the state says of a mount; its server is not asked.
 ///
 /// # Errors
 /// There is no state, or it cannot be read.
 pub fn from_state(found: &Found) -> Result<MountStatus> {
     let record = found.record()?;
-    let owner = found.entry.user_id.unwrap_or_else(|| nix::unistd::geteuid().as_raw());
-    let nothing = || Error::new(ErrorKind::NotFound, "there is no state in").on(record.state_dir.display().to_string());
-    let store = Store::open_existing(&record.state_dir, owner)?.ok_or_else(nothing)?;
-    let state = store.load()?.ok_or_else(nothing)?;
+    let (store, state) = store_and_state(found)?;
     let pulse = store.pulse().unwrap_or_default();
     let unfinished = |volume: &VolumeState| {
         let record = volume.mirror.as_ref()?;

@@ -28,7 +28,7 @@ const PATIENCE: Duration = Duration::from_secs(120);
 pub struct Arguments {
     /// Where the disks are mounted.
     mountpoint: PathBuf,
-    /// Even while a mirror runs: it ends as failed.
+    /// Even while a mirror runs that cannot be resumed: it ends as failed.
     #[arg(long)]
     force: bool,
 }
@@ -37,7 +37,7 @@ impl Arguments {
     /// Runs the verb.
     ///
     /// # Errors
-    /// The new program does not work; there is no keeper; a mirror runs (`NotNow`).
+    /// The new program does not work; there is no keeper; a mirror that cannot be resumed runs (`NotNow`).
     pub fn run(self) -> Result<()> {
         let found = place::find(&self.mountpoint)?;
         if !self.force {
@@ -98,13 +98,13 @@ fn has_terminal(pid: u32) -> bool {
     terminal.is_some_and(|number| number != "0")
 }
 
-/// A mirror does not outlive its server.
+/// A mirror outlives its server if its intent log could be kept.
 fn refuse_mirrors(found: &Found) -> Result<()> {
     // Without a server there is no mirror.
-    let Ok(status) = status::of(found) else { return Ok(()) };
-    match status.volumes.iter().find(|volume| volume.mirror.is_some()) {
-        Some(volume) => Err(Error::not_now("a mirror runs, which would end as failed:")
-            .on(volume.disk.clone())
+    let Ok(state) = status::recorded(found) else { return Ok(()) };
+    match state.volumes.iter().find(|volume| volume.mirror_target.is_some() && volume.mirror.is_none()) {
+        Some(volume) => Err(Error::not_now("a mirror runs that cannot be resumed, and would end as failed:")
+            .on(found.mountpoint().join(&volume.name).display().to_string())
             .advise("cut over, finish or cancel it first, or pass --force")),
         None => Ok(()),
     }

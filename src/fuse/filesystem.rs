@@ -4,9 +4,9 @@
 //! until before its reply ([`Flights`](super::flights::Flights)).
 //!
 //! The kernel remembers ENOSYS for the life of the connection and never asks again. So it is the answer only where it shall
-//! stay so: copy_file_range (the kernel then copies through read and write), poll (always ready), interrupt, and the
-//! xattr calls (the kernel then answers EOPNOTSUPP by itself). Wherever an error comes from a volume, ENOSYS is turned into
-//! EOPNOTSUPP: a FLUSH, FSYNC, FALLOCATE or LSEEK must reach us always.
+//! stay so: flush (close(2) has nothing to wait for), copy_file_range (the kernel then copies through read and write), poll
+//! (always ready), interrupt, and the xattr calls (the kernel then answers EOPNOTSUPP by itself). Wherever an error comes from a volume, ENOSYS is turned into
+//! EOPNOTSUPP: an FSYNC, FALLOCATE or LSEEK must reach us always.
 
 use std::ffi::OsStr;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -180,9 +180,10 @@ impl Filesystem for DiskFilesystem {
         answered();
     }
 
-    /// close(2): nothing is held back for it, since nothing of the guest's is cached here.
+    /// close(2): nothing is held back for it, since nothing of the guest's is cached here. Said once and for all: else a close would
+    /// wait while no server runs, that of an exec(2) too, and then whoever looks at that process, `ps` first of all.
     fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
-        reply.ok();
+        reply.error(Errno::ENOSYS);
     }
 
     fn fsync(&self, request: &Request, inode: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {

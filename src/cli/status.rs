@@ -14,6 +14,8 @@ use crate::control::backend::{GuestTraffic, MountStatus, VolumeStatus};
 use crate::dirty::intent::{JobId, marked_bytes};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mirror::types::{LastMirror, MirrorResult};
+use crate::server::config::MountConfig;
+use crate::state::keeper_file;
 use crate::state::store::Store;
 use crate::state::{MountState, VolumeState};
 
@@ -93,7 +95,7 @@ pub fn of(found: &Found) -> Result<MountStatus> {
     match from_state(found) {
         Ok(status) => {
             eprintln!("livemirror: {error}");
-            eprintln!("  hint: what follows is what its state says");
+            eprintln!("  hint: {}", what_is_tried(&status));
             Ok(status)
         }
         Err(second) => {
@@ -120,6 +122,19 @@ fn store_and_state(found: &Found) -> Result<(Store, MountState)> {
     Ok((store, state))
 }
 
+/// What becomes of a mount whose server does not answer.
+fn what_is_tried(status: &MountStatus) -> String {
+    let why = status.last_exit.as_deref().map(|exit| format!(" (the last server {exit})")).unwrap_or_default();
+    match (status.server_pid, status.keeper_pid) {
+        (None, Some(keeper)) => format!(
+            "no server runs{why}; whoever uses the disks waits, and keeper {keeper} starts one every few seconds: repair what is \
+             in its way, or `livemirror upgrade`"
+        ),
+        (None, None) => "neither server nor keeper runs: `livemirror mount` mounts it anew".to_owned(),
+        (Some(_), _) => "what follows is what its state says".to_owned(),
+    }
+}
+
 /// What the state says of a mount; its server is not asked.
 ///
 /// # Errors
@@ -137,7 +152,12 @@ pub fn from_state(found: &Found) -> Result<MountStatus> {
         Some(record.info(&counts, marked, Some("no server answers; it goes on when one does".to_owned())))
     };
     let file_mount = is_file_mount(found);
-    let is_dead = !super::unmount::is_alive(record.server_pid);
+    // It outlives servers, and knows of those that died before they had written anything down.
+    let id = MountConfig::mount_id(found.mountpoint());
+    let keeper = keeper_file::word(&id, found.entry.user_id).filter(|word| super::unmount::is_alive(word.keeper_pid));
+    let server_pid = keeper.as_ref().map_or(Some(record.server_pid), |word| word.server_pid);
+    let server_pid = server_pid.filter(|pid| super::unmount::is_alive(*pid));
+    let is_dead = server_pid != Some(record.server_pid);
     let volumes = state.volumes.into_iter().map(|mut volume| {
         if is_dead {
             volume.mirror_died();
@@ -159,11 +179,14 @@ pub fn from_state(found: &Found) -> Result<MountStatus> {
     });
     Ok(MountStatus {
         mountpoint: found.mountpoint().display().to_string(),
-        server_pid: Some(record.server_pid).filter(|pid| super::unmount::is_alive(*pid)),
-        keeper_pid: record.keeper_pid.filter(|pid| super::unmount::is_alive(*pid)),
+        server_pid,
+        keeper_pid: match &keeper {
+            Some(word) => Some(word.keeper_pid),
+            None => record.keeper_pid.filter(|pid| super::unmount::is_alive(*pid)),
+        },
         control: record.control.display().to_string(),
-        restarts: state.restarts,
-        last_exit: state.last_exit,
+        restarts: keeper.as_ref().map_or(state.restarts, |word| word.restarts),
+        last_exit: keeper.map_or(state.last_exit, |word| word.last_exit),
         volumes: volumes.collect(),
     })
 }

@@ -28,8 +28,10 @@ pub(super) fn attach(job: &Arc<Job>, live: &Live) {
 
 impl Clearing for JobClearing {
     fn is_quiet(&self, range: ByteRange) -> bool {
+        // While a cutover is undecided guests' writes go to both images past the dirty map: nothing is known of them here.
+        let known = !self.job.frozen.load(SeqCst);
         // What the scan has not reached is not dirty yet, and not copied either.
-        self.job.counters.scanned_to.load(SeqCst) >= range.end() && self.live.map.is_quiet(range)
+        known && self.job.counters.scanned_to.load(SeqCst) >= range.end() && self.live.map.is_quiet(range)
     }
 
     fn flush_both(&self) -> Result<()> {

@@ -13,6 +13,7 @@
 //! | extent | a byte range with one status: data, zero (allocated), hole. An image that cannot tell is all data |
 //! | granule | the unit of dirty tracking, 64 KiB unless told otherwise |
 //! | dirty map | one bit for each granule: set = the target may differ from the source here |
+//! | intent log | its durable, coarse shadow: one bit for each *region* of 1 MiB or more |
 //! | claim | granules that a copier took from the dirty map (bits cleared) and has not finished |
 //! | hold | bytes that a synchronous guest write keeps to itself while it goes to both images |
 //! | copy mode | `background`: the guest waits for the source only; `write-blocking`: for both; `auto`: the job chooses |
@@ -55,9 +56,11 @@
 //! ## A guest write
 //!
 //! ```text
-//! background:      enter the barrier ─> source ─> mark ─> leave ─> reply
-//! write-blocking:  enter ─> hold the range ─> clear what is covered ─> source ∥ target ─> release ─> leave ─> reply
+//! background:      enter the barrier ─> intent durable ─> source ─> mark ─> leave ─> reply
+//! write-blocking:  enter ─> intent durable ─> hold the range ─> clear what is covered ─> source ∥ target ─> release ─> leave ─> reply
 //! ```
+//!
+//! The intent is durable already for all but the first write to a region in a while: see [`dirty::intent`].
 //!
 //! ## The copy, and the cutover
 //!
@@ -75,20 +78,20 @@
 //! ```text
 //! starting (server) < cutovers (one at a time in a mount) < barriers, in mount order < resizing (volume)
 //!   < hold or claim (dirty map's busy set, never while waiting for another) < flushing (target) < stripes (image)
-//! leaves, under which nothing else is taken: job state, job's live images, pacer, event listeners, ledger's record
+//! leaves, under which nothing else is taken: job state, job's live images, pacer, event listeners, ledger's record, intent log
 //! ```
 //!
-//! Who waits for whom: a guest's write waits for the barrier, or inside it for holds and claims, never longer than the set bound
-//! for the latter. A claim waits for nobody. The barrier waits for guest writes inside it. So there is no circle.
+//! Who waits for whom: a guest's write waits for the barrier, or inside it for the intent log's thread, which waits for its disk
+//! only, and for holds and claims, never longer than the set bound for either. A claim waits for nobody. The barrier waits for guest writes inside it. So there is no circle.
 //!
 //! # Rules that never break, and where they are kept
 //!
-//! The numbers are those that comments name; 2 (intent before write) and 11 (which mirrors may be resumed) come with the durable
-//! intent log, which is not there yet.
+//! The numbers are those that comments name.
 //!
 //! | | rule | kept by |
 //! |---|---|---|
 //! | 1 | no silent difference | [`volume`] marks after each change, failed or not; a dropped claim or hold marks again |
+//! | 2 | intent before write, and its end | [`dirty::IntentLog`]: [`volume`] enters it before each change; a bit ends after flushes of both images |
 //! | 3 | clear before read, one copier at a time | [`dirty::DirtyMap::claim`]; the copier asks for extents after it |
 //! | 4 | tracking before the first look | [`mirror::start`], under the barrier |
 //! | 5 | acknowledged is kept | the cutover drains and flushes under the barrier; replies leave nothing only in memory |
@@ -97,6 +100,7 @@
 //! | 8 | thin stays thin | holes are not copied, zero blocks are left out, guests' discards reach the target |
 //! | 9 | one writer per image | QEMU's byte-range locks, a fence of our own, O_EXCL on devices ([`image`]) |
 //! | 10 | after a cutover the old source is stale | marks on the images ([`state::marks`]), checked at each mount |
+//! | 11 | a resumed mirror trusts its map only for the very same, untouched pair | [`state::pair`]; looked at by [`server`] before anybody uses the images |
 //! | 12 | errors are named | [`error::Error`]: what, on which image, where, why, what to do |
 //! | 13 | memory and queues are bounded | the target queue, the control socket's outbox, the copiers' buffers |
 //! | 14 | nothing lands late | a target write that was given up on keeps its hold and its bytes until it has returned |

@@ -296,6 +296,13 @@ impl Backend for Server {
             true => self.volumes.clone(),
             false => request.devices.iter().map(|device| self.volume(device).cloned()).collect::<Result<_>>()?,
         };
+        for volume in &volumes {
+            let waiting = self.unfinished.lock().iter().any(|left| Arc::ptr_eq(&left.volume, volume));
+            if waiting && self.jobs.running(volume).is_none() {
+                let record = self.ledger.mirror(volume.name());
+                self.job(record.as_ref().map_or(volume.name(), |record| &record.options.job_id))?;
+            }
+        }
         let jobs: Vec<_> = volumes.iter().filter_map(|volume| self.jobs.running(volume)).collect();
         if jobs.is_empty() || (!request.devices.is_empty() && jobs.len() < volumes.len()) {
             let name = volumes.first().map_or("this mount", |volume| volume.name());

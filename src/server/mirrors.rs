@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use super::backend::Server;
 use super::departure::JOB_PATIENCE;
+use super::heartbeat;
 use super::jobs::has_ended;
 use super::opening::locked_descriptor;
 use super::pairing::Untie;
@@ -160,6 +161,10 @@ impl Server {
 
     fn run_job(&self, options: MirrorOptions, setting: Setting) -> Result<()> {
         mirror::start(options, setting, |job: &Arc<Job>| self.jobs.add(job.clone()))?;
+        // The marks of both images were written just now: a death right after this is dated after them.
+        if let Err(error) = self.ledger.store.beat(&heartbeat::pulse(self)) {
+            log::debug!("{error}");
+        }
         self.heartbeat.wake();
         Ok(())
     }

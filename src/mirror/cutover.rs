@@ -14,12 +14,12 @@ use std::cell::Cell;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 
+pub use super::commit::{CommitFailure, Committer, Ending, PreparedRecord, Switch};
 use super::job::{Job, Live, Verdict};
 use super::types::{JobStatus, Operation};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Image, check_in_place};
 use crate::sync::{Arc, Mutex, MutexGuard, wait_until};
-use crate::volume::Volume;
 use crate::volume::barrier::Raised;
 
 /// The pause that is allowed where nothing else is told.
@@ -32,65 +32,6 @@ const REST_MAX: Duration = Duration::from_secs(2);
 const FLUSH_PATIENCE: Duration = Duration::from_secs(5);
 /// While undecided, a record is tried this often.
 const SETTLE_EVERY: Duration = Duration::from_millis(200);
-
-/// One volume's change of image.
-#[derive(Clone, Debug)]
-pub struct Switch {
-    /// The volume.
-    pub volume: Arc<Volume>,
-    /// The image that it leaves.
-    pub old: Arc<dyn Image>,
-    /// The image that it goes to.
-    pub new: Arc<dyn Image>,
-}
-
-/// Makes cutovers durable. The state stands behind it; tests stand in for it.
-pub trait Committer: Send + Sync {
-    /// Writes a record in which every switch is made, or (a copy) every mirror is over, aside, and makes it durable there.
-    ///
-    /// # Errors
-    /// Nothing has changed.
-    fn prepare(&self, switches: &[Switch], ending: Ending) -> Result<Box<dyn PreparedRecord>>;
-
-    /// Marks the old images as superseded (rule 10). The record is durable already: an error is logged, not reported.
-    fn supersede(&self, switches: &[Switch]);
-
-    /// Writes a durable record by any means: of the switches made, or (`made == false`) of none.
-    ///
-    /// # Errors
-    /// Still undecided.
-    fn settle(&self, switches: &[Switch], made: bool) -> Result<()>;
-
-    /// The switches are made and guests go on.
-    fn switched(&self, switches: &[Switch]);
-}
-
-/// A record that waits for its one rename.
-pub trait PreparedRecord {
-    /// Puts the record in place.
-    ///
-    /// # Errors
-    /// See [`CommitFailure`].
-    fn commit(self: Box<Self>) -> Result<(), CommitFailure>;
-}
-
-/// Why a record is not in place.
-#[derive(Debug)]
-pub enum CommitFailure {
-    /// Nothing was renamed: the old record stands.
-    NotDone(Error),
-    /// It may or may not be in place, now or after a power cut.
-    Undecided(Error),
-}
-
-/// How a job that is ready ends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ending {
-    /// The target becomes the disk.
-    Switch,
-    /// The target is left as a consistent copy.
-    Copy,
-}
 
 /// Carries out cutovers, one at a time in a mount.
 pub struct Cutovers {

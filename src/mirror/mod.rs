@@ -6,6 +6,7 @@
 //! ```
 
 mod clearing;
+mod commit;
 mod copy;
 pub mod cutover;
 mod end;
@@ -19,6 +20,7 @@ mod start;
 mod states;
 mod supervise;
 pub mod types;
+mod verbs;
 
 pub use info::describe;
 pub use start::{Resumed, Setting, default_granularity, start};

@@ -192,6 +192,8 @@ impl Backend for Server {
 
     fn status(&self) -> MountStatus {
         let (restarts, last_exit) = self.ledger.restarts();
+        let volumes = self.volumes.iter().map(|volume| self.volume_status(volume)).collect();
+        self.heartbeat.note();
         MountStatus {
             mountpoint: self.config.mountpoint.display().to_string(),
             server_pid: Some(std::process::id()),
@@ -199,7 +201,7 @@ impl Backend for Server {
             control: self.config.control.display().to_string(),
             restarts,
             last_exit,
-            volumes: self.volumes.iter().map(|volume| self.volume_status(volume)).collect(),
+            volumes,
         }
     }
 
@@ -236,6 +238,7 @@ impl Backend for Server {
         infos.extend(
             waiting.iter().filter_map(info).filter(|one| self.jobs.find(&one.job_id).is_none()).collect::<Vec<_>>(),
         );
+        self.heartbeat.note();
         infos
     }
 

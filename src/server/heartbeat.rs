@@ -1,5 +1,6 @@
-//! The pulse of a mount with an unfinished mirror: at most once a second, and only while guests write or the mirror copies. It dates
-//! the death of a server (rule 11) and lets the counters go on after it. A mount without a mirror has none: idle, it sleeps.
+//! The pulse of a mount with an unfinished mirror: at most once a second and whenever counters are shown, and only while guests write or
+//! the mirror copies. It dates the death of a server (rule 11) and lets the counters go on after it: none ever falls below what was
+//! shown. A mount without a mirror has none: idle, it sleeps.
 
 use std::time::{Duration, Instant};
 
@@ -9,33 +10,68 @@ use crate::state::{Counts, Pulse};
 use crate::sync::{Condvar, Mutex, wait_until};
 
 const EVERY: Duration = Duration::from_secs(1);
+/// How long an answer to `status` waits for the pulse: a state disk that hangs must not keep it.
+const PATIENCE: Duration = Duration::from_millis(200);
 
 /// See the module.
 #[derive(Default)]
 pub(super) struct Heartbeat {
-    ended: Mutex<bool>,
+    state: Mutex<State>,
     changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    ended: bool,
+    /// There is a thread for it.
+    lives: bool,
+    /// One is being written.
+    beats: bool,
+    /// How often one was asked for, and how often that was when the last one that was written began.
+    asked: u64,
+    answered: u64,
 }
 
 impl Heartbeat {
     /// A mirror has begun.
     pub(super) fn wake(&self) {
-        let _ended = self.ended.lock();
+        let _state = self.state.lock();
         self.changed.notify_all();
     }
 
     /// Nothing is written after this.
     pub(super) fn end(&self) {
-        *self.ended.lock() = true;
+        let mut state = self.state.lock();
+        state.ended = true;
         self.changed.notify_all();
+        while state.beats {
+            self.changed.wait(&mut state);
+        }
+    }
+
+    /// Sees to it that no counter falls below what it stands at now, should the server die: before it is shown to anybody.
+    pub(super) fn note(&self) {
+        let mut state = self.state.lock();
+        if !state.lives || state.ended {
+            return;
+        }
+        state.asked += 1;
+        let (mine, deadline) = (state.asked, Instant::now() + PATIENCE);
+        self.changed.notify_all();
+        while state.answered < mine && !state.ended && wait_until(&self.changed, &mut state, Some(deadline)) {}
     }
 
     /// Beats until it is ended; for a thread of its own.
     pub(super) fn run(&self, server: &Server) {
         let mut last = Pulse::default();
-        let mut ended = self.ended.lock();
-        while !*ended {
-            if server.volumes.iter().any(|volume| volume.is_marking()) {
+        let mut state = self.state.lock();
+        state.lives = true;
+        while !state.ended {
+            let asked = state.asked;
+            let marking = server.volumes.iter().any(|volume| volume.is_marking());
+            if marking {
+                state.beats = true;
+                drop(state);
                 let now = pulse(server);
                 if now.volumes != last.volumes {
                     if let Err(error) = server.ledger.store.beat(&now) {
@@ -43,9 +79,18 @@ impl Heartbeat {
                     }
                     last = now;
                 }
-                wait_until(&self.changed, &mut ended, Some(Instant::now() + EVERY));
-            } else {
-                self.changed.wait(&mut ended);
+                state = self.state.lock();
+                state.beats = false;
+            }
+            state.answered = asked;
+            self.changed.notify_all();
+            let next = marking.then(|| Instant::now() + EVERY);
+            let mut in_time = true;
+            while in_time && !state.ended && state.asked == asked {
+                in_time = wait_until(&self.changed, &mut state, next);
+                if next.is_none() {
+                    break;
+                }
             }
         }
     }

@@ -1,5 +1,5 @@
 //! The server's pulse: when it was last alive, and how far it had counted. Written at most once a second while there is I/O, and
-//! without fsync: after a crash it dates the death (rule 11) and lets counters go on; it decides nothing else.
+//! whenever counters are shown, without fsync: after a crash it dates the death (rule 11) and lets counters go on; it decides nothing else.
 
 use std::collections::BTreeMap;
 

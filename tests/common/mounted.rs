@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use super::command::{self, Done, finish_within, livemirror};
 use super::leftovers;
+use super::mortal;
 use super::place::Place;
 use super::wait;
 
@@ -280,6 +281,18 @@ impl Mounted {
         leftovers::assert_none(&self.dir, &self.mountpoint);
         assert!(!self.control.exists(), "the control socket is left behind");
         assert!(!self.pidfile.exists(), "the pidfile is left behind");
+        self.mounted = false;
+    }
+
+    /// Kills keeper and server at once. The mount stays behind, dead, for the next `livemirror mount` to clean.
+    #[track_caller]
+    pub fn kill_everything(mut self) {
+        mortal::kill_all(self.keeper_pid);
+        self.mounted = false;
+    }
+
+    /// It was killed.
+    pub fn forget(mut self) {
         self.mounted = false;
     }
 

@@ -10,7 +10,7 @@
 //! disk is old there, though every byte of it was once right. fio's verification does not see that.
 //!
 //! A block is written by one thread only, and never twice at once, so that "the last acknowledged write" is a fact. Threads
-//! own stripes of 8 blocks (half a granule): neighbours of a block are written by others.
+//! own stripes of 8 blocks (half a granule) unless told otherwise: neighbours of a block are written by others.
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
@@ -29,7 +29,6 @@ use super::wait;
 /// Bytes of a block.
 pub const BLOCK: usize = 4096;
 const SECTOR: usize = 512;
-const STRIPE: u64 = 8;
 const MAGIC: u64 = 0x6c6d_7061_7474_6572;
 
 /// What was written to a disk and what was acknowledged, block by block.
@@ -147,6 +146,24 @@ impl Table {
         if faults.is_empty() { Ok(()) } else { Err(Faults { image: image.to_owned(), faults }) }
     }
 
+    /// After writes that failed with their mount: what `image` holds, which each block may say, is what was written. Panics
+    /// unless every acknowledged write is there.
+    #[track_caller]
+    pub fn settle_on(&self, image: &Path) {
+        self.assert_on(image);
+        let file = File::open(image).expect("open");
+        for block in 0..self.blocks() {
+            let (acknowledged, issued) = (&self.acknowledged[block as usize], &self.issued[block as usize]);
+            if acknowledged.load(Ordering::SeqCst) != issued.load(Ordering::SeqCst) {
+                let mut bytes = [0; SECTOR];
+                file.read_exact_at(&mut bytes, block * BLOCK as u64).expect("read");
+                let says = header(&bytes)[2];
+                acknowledged.store(says, Ordering::SeqCst);
+                issued.store(says, Ordering::SeqCst);
+            }
+        }
+    }
+
     /// Panics unless `image` holds every acknowledged write, and nothing else. For when all writers have stopped.
     #[track_caller]
     pub fn assert_on(&self, image: &Path) {
@@ -199,11 +216,27 @@ pub struct Habits {
     pub hot_blocks: u64,
     /// Each thread rests this long after a write: for a load that a test's machine can copy beside.
     pub rest: Duration,
+    /// Blocks in a row that one thread owns; a request has at most so many.
+    pub stripe: u64,
+    /// Each request has that many, not any number of them.
+    pub whole: bool,
+}
+
+impl Habits {
+    /// Requests of one block.
+    pub fn small() -> Self {
+        Habits { stripe: 1, ..Habits::default() }
+    }
+
+    /// Requests of 1 MiB.
+    pub fn large() -> Self {
+        Habits { stripe: (1 << 20) / BLOCK as u64, whole: true, ..Habits::default() }
+    }
 }
 
 impl Default for Habits {
     fn default() -> Self {
-        Habits { depth: 32, direct: true, hot_blocks: 0, rest: Duration::ZERO }
+        Habits { depth: 32, direct: true, hot_blocks: 0, rest: Duration::ZERO, stripe: 8, whole: false }
     }
 }
 
@@ -223,7 +256,7 @@ struct Shared {
 impl Load {
     /// Starts it. The disk is opened once by each thread.
     pub fn start(disk: &Path, table: &Arc<Table>, habits: Habits, seed: u64) -> Self {
-        assert!(table.blocks() >= habits.depth as u64 * STRIPE, "a stripe for each thread");
+        assert!(table.blocks() >= habits.depth as u64 * habits.stripe, "a stripe for each thread");
         let shared = Arc::new(Shared {
             table: Arc::clone(table),
             stop: AtomicBool::new(false),
@@ -268,6 +301,11 @@ impl Load {
         Duration::from_micros(self.shared.longest_us.load(Ordering::SeqCst))
     }
 
+    /// Stops it after its mount has died: its requests then fail. What was acknowledged stays so.
+    pub fn end(mut self) {
+        self.join();
+    }
+
     fn join(&mut self) -> Vec<Result<(), String>> {
         self.shared.stop.store(true, Ordering::SeqCst);
         let threads = std::mem::take(&mut self.threads).into_iter();
@@ -295,7 +333,9 @@ impl Writer<'_> {
         while !self.shared.stop.load(Ordering::SeqCst) {
             let start = Instant::now();
             let first = self.pick();
-            let count = self.random.between(1, STRIPE - first % STRIPE).min(self.shared.table.blocks() - first);
+            let rest = self.habits.stripe - first % self.habits.stripe;
+            let count = if self.habits.whole { rest } else { self.random.between(1, rest) };
+            let count = count.min(self.shared.table.blocks() - first);
             if self.random.one_in(8) {
                 self.read(first, count)?;
             } else {
@@ -316,8 +356,8 @@ impl Writer<'_> {
         let table = &self.shared.table;
         let blocks =
             if self.habits.hot_blocks == 0 { table.blocks() } else { self.habits.hot_blocks.min(table.blocks()) };
-        let depth = self.habits.depth as u64;
-        let own = (blocks.div_ceil(STRIPE).saturating_sub(self.number)).div_ceil(depth).max(1);
+        let (depth, length) = (self.habits.depth as u64, self.habits.stripe);
+        let own = (blocks.div_ceil(length).saturating_sub(self.number)).div_ceil(depth).max(1);
         let turn = if self.random.one_in(4) {
             self.random.below(own.min(4))
         } else {
@@ -325,7 +365,8 @@ impl Writer<'_> {
             self.walked % own
         };
         let stripe = turn * depth + self.number;
-        (stripe * STRIPE + self.random.below(STRIPE)).min(table.blocks() - 1)
+        let within = if self.habits.whole { 0 } else { self.random.below(length) };
+        (stripe * length + within).min(table.blocks() - 1)
     }
 
     fn write(&mut self, first: u64, count: u64) -> Result<(), String> {

@@ -1,0 +1,282 @@
+//! A mirror that is not finished when its disk is unmounted goes on with the next mount: from where it was, as it was told to. A target
+//! that is not there delays nothing and nobody.
+
+mod common;
+
+use std::fs;
+use std::path::PathBuf;
+
+use serde_json::{Value, json};
+
+use common::command::{is_root, run};
+use common::leftovers;
+use common::mortal::{bytes_written, marked_regions, resumptions};
+use common::mounted::{Mount, Mounted, words};
+use common::pattern::{self, Habits, Load, Table};
+use common::place::Place;
+use common::random;
+use common::wait;
+
+const MIB: u64 = 1 << 20;
+const SIZE: u64 = 24 * MIB;
+
+struct Story {
+    a: PathBuf,
+    b: PathBuf,
+    seed: u64,
+    table: std::sync::Arc<Table>,
+    place: Place,
+}
+
+impl Story {
+    fn new() -> Story {
+        let (place, seed) = (Place::on_disk(), random::seed());
+        let (a, b) = (place.sparse("a.img", SIZE), place.at("b.img"));
+        let table = Table::new(seed, SIZE);
+        pattern::fill(&a, &table);
+        Story { a, b, seed, table, place }
+    }
+
+    fn mount(&self) -> Mounted {
+        Mount::of(&self.place, [&self.a]).start()
+    }
+
+    /// Verified writes for a while.
+    fn write(&self, mounted: &Mounted) {
+        let habits = Habits { depth: 4, ..Habits::default() };
+        let load = Load::start(&mounted.disk("a.img"), &self.table, habits, self.seed);
+        load.wait_for_more(200);
+        load.stop();
+    }
+
+    /// Cuts over, writes, unmounts: everything is on the new image.
+    fn finish(self, mounted: Mounted) {
+        self.write(&mounted);
+        mounted.verb("set", ["--speed", "0"]).ok();
+        mounted.wait_ready();
+        mounted.cutover();
+        self.write(&mounted);
+        assert_eq!(mounted.active(), self.b);
+        assert_eq!(mounted.volume()["last_mirror"]["result"], "completed");
+        mounted.unmount();
+        self.table.assert_on(&self.b);
+        // Nothing of it is left for the next mount.
+        let mounted = Mount::of(&self.place, [&self.b]).start();
+        assert!(mounted.job().is_null());
+        assert_eq!(marked_regions(&mounted.state_dir), None, "the log is gone");
+        mounted.unmount();
+        assert_eq!(leftovers::locks_on(&self.a), Vec::<String>::new());
+    }
+}
+
+fn copied(mounted: &Mounted) -> u64 {
+    mounted.job()["copied_bytes"].as_u64().expect("a count")
+}
+
+#[track_caller]
+fn wait_going_on(mounted: &Mounted) {
+    wait::until("the mirror to be taken up", || mounted.log().contains("goes on to"));
+}
+
+#[test]
+fn in_the_middle() {
+    let story = Story::new();
+    let mounted = story.mount();
+    mounted.mirror(&story.b, &["--copy-mode", "write-blocking", "--speed", "4M"]);
+    let half = |volumes: &[Value]| volumes[0]["mirror"]["copied_bytes"].as_u64() >= Some(6 * MIB);
+    mounted.wait_for("some to be copied", half);
+    story.write(&mounted);
+    let before = copied(&mounted);
+    let state_dir = mounted.state_dir.clone();
+    mounted.unmount();
+    assert_eq!(leftovers::locks_on(&story.b), Vec::<String>::new(), "nobody uses the target");
+    let marked = marked_regions(&state_dir).expect("a log") * MIB;
+
+    let mounted = story.mount();
+    wait_going_on(&mounted);
+    let job = mounted.job();
+    assert_eq!((&job["copy_mode"], &job["speed"]), (&json!("write-blocking"), &json!(4 * MIB)), "{job}");
+    assert_eq!(job["target"], story.b.to_str().expect("UTF-8"));
+    assert!(copied(&mounted) >= before, "{before}, {job}");
+    assert_eq!(resumptions(&mounted.log(), "copied again"), [marked]);
+    // One at a time.
+    let refused = mounted.verb("mirror", words(&story.place.at("c.img"), &[])).refuses_naming(&["a.img"]);
+    assert!(refused.complaint().contains(story.b.to_str().expect("UTF-8")), "{refused}");
+    assert!(refused.stderr.contains("cancel"), "what to do: {refused}");
+    assert!(!story.place.at("c.img").exists());
+    mounted.verb("set", ["--speed", "0"]).ok();
+    mounted.wait_ready();
+    assert!(copied(&mounted) <= before + marked, "{before} and {marked}, {}", mounted.job());
+    story.finish(mounted);
+}
+
+#[test]
+fn when_ready() {
+    let story = Story::new();
+    let mounted = story.mount();
+    mounted.mirror(&story.b, &[]);
+    mounted.wait_ready();
+    wait::until("the log to mark nothing", || marked_regions(&mounted.state_dir) == Some(0));
+    let before = copied(&mounted);
+    mounted.unmount();
+    for _ in 0..2 {
+        let mounted = story.mount();
+        mounted.wait_ready();
+        assert_eq!(copied(&mounted), before);
+        assert!(bytes_written(mounted.server_pid) < MIB);
+        mounted.unmount();
+    }
+    let mounted = story.mount();
+    mounted.wait_ready();
+    assert_eq!(resumptions(&mounted.log(), "copied again"), [0; 3]);
+    story.finish(mounted);
+}
+
+#[test]
+fn when_paused() {
+    let story = Story::new();
+    let mounted = story.mount();
+    mounted.mirror(&story.b, &["--speed", "4M"]);
+    mounted.verb::<&str>("pause", []).ok();
+    let before = copied(&mounted);
+    mounted.unmount();
+    let mounted = story.mount();
+    wait_going_on(&mounted);
+    story.write(&mounted);
+    let job = mounted.job();
+    assert_eq!((&job["state"], &job["speed"]), (&json!("paused"), &json!(4 * MIB)), "{job}");
+    assert_eq!(copied(&mounted), before, "it is paused");
+    mounted.verb::<&str>("resume", []).ok();
+    story.finish(mounted);
+}
+
+/// Written by a guest, then unmounted at once: what was not copied yet is marked.
+#[test]
+fn right_after_a_write() {
+    let story = Story::new();
+    let mut mounted = story.mount();
+    mounted.mirror(&story.b, &["--copy-mode", "background"]);
+    for _ in 0..4 {
+        mounted.wait_ready();
+        story.write(&mounted);
+        mounted.unmount();
+        mounted = story.mount();
+    }
+    assert_eq!(resumptions(&mounted.log(), "compared"), Vec::<u64>::new());
+    story.finish(mounted);
+}
+
+#[test]
+fn it_can_be_given_up_and_begun_anew() {
+    let story = Story::new();
+    let mounted = story.mount();
+    mounted.mirror(&story.b, &["--speed", "1M"]);
+    mounted.unmount();
+    let mounted = story.mount();
+    wait_going_on(&mounted);
+    mounted.verb::<&str>("cancel", []).ok();
+    assert!(mounted.job().is_null());
+    assert_eq!(mounted.volume()["last_mirror"]["result"], "cancelled");
+    assert!(!story.b.exists(), "cancel removes the target that it created");
+    mounted.unmount();
+    let mounted = story.mount();
+    assert!(mounted.job().is_null());
+    assert_eq!(mounted.volume()["last_mirror"]["result"], "cancelled", "it is remembered");
+    mounted.mirror(&story.b, &["--speed", "1M"]);
+    story.finish(mounted);
+}
+
+#[test]
+fn what_was_finished_does_not_go_on() {
+    let story = Story::new();
+    let mounted = story.mount();
+    mounted.mirror(&story.b, &[]);
+    mounted.wait_ready();
+    mounted.verb::<&str>("finish", []).ok();
+    mounted.unmount();
+    let mounted = story.mount();
+    assert!(mounted.job().is_null());
+    assert_eq!(mounted.volume()["last_mirror"]["result"], "finished");
+    assert_eq!(leftovers::locks_on(&story.b), Vec::<String>::new());
+    story.write(&mounted);
+    mounted.unmount();
+    story.table.assert_on(&story.a);
+}
+
+/// A mount whose mirror waits for its target.
+fn waiting(story: &Story) -> Mounted {
+    let mounted = story.mount();
+    mounted.mirror(&story.b, &["--speed", "4M"]);
+    mounted.unmount();
+    fs::rename(&story.b, story.place.at("away.img")).expect("rename");
+    let mounted = story.mount();
+    story.write(&mounted);
+    mounted.wait_for("the reason", |volumes| !volumes[0]["mirror"]["last_error"].is_null());
+    let job = mounted.job();
+    assert_eq!(
+        (&job["state"], &job["io_status"], &job["speed"]),
+        (&json!("paused"), &json!("failed"), &json!(4 * MIB))
+    );
+    let error = job["last_error"].as_str().expect("an error");
+    assert!(error.contains(story.b.to_str().expect("UTF-8")) && error.contains("No such file"), "{error}");
+    mounted
+}
+
+#[test]
+fn without_its_target_it_waits() {
+    let story = Story::new();
+    let mounted = waiting(&story);
+    mounted.verb("cutover", ["--timeout", "1s"]).refuses_naming(&["a.img"]);
+    mounted.verb::<&str>("finish", []).refuses_naming(&["a.img"]);
+    mounted.verb("mirror", words(&story.place.at("c.img"), &[])).refuses_naming(&["a.img"]);
+    mounted.verb("set", ["--speed", "0", "--copy-mode", "background"]).ok();
+    // A mount that ends meanwhile changes nothing.
+    mounted.unmount();
+    let mounted = story.mount();
+    story.write(&mounted);
+    fs::rename(story.place.at("away.img"), &story.b).expect("rename");
+    mounted.verb::<&str>("resume", []).ok();
+    mounted.wait_ready();
+    let job = mounted.job();
+    assert_eq!((&job["speed"], &job["copy_mode"]), (&json!(0), &json!("background")), "{job}");
+    assert!(job["last_error"].is_null(), "{job}");
+    story.finish(mounted);
+}
+
+#[test]
+fn without_its_target_it_goes_on_by_itself_later() {
+    let story = Story::new();
+    let mounted = waiting(&story);
+    fs::rename(story.place.at("away.img"), &story.b).expect("rename");
+    mounted.wait_for("the mirror to go on", |volumes| volumes[0]["mirror"]["last_error"].is_null());
+    story.finish(mounted);
+}
+
+#[test]
+fn without_its_target_it_can_be_given_up() {
+    let story = Story::new();
+    let mounted = waiting(&story);
+    mounted.verb::<&str>("cancel", []).ok();
+    assert!(mounted.job().is_null());
+    assert_eq!(mounted.volume()["last_mirror"]["result"], "cancelled");
+    story.write(&mounted);
+    mounted.mirror(&story.b, &[]);
+    story.finish(mounted);
+}
+
+#[test]
+fn the_kernels_own_umount_suspends_it_too() {
+    if !is_root("umount") {
+        return;
+    }
+    let story = Story::new();
+    let mut mounted = story.mount();
+    mounted.mirror(&story.b, &["--speed", "4M"]);
+    story.write(&mounted);
+    run("umount", [&mounted.mountpoint]).ok();
+    mounted.assert_gone();
+    let mounted = story.mount();
+    wait_going_on(&mounted);
+    assert_eq!(resumptions(&mounted.log(), "compared"), Vec::<u64>::new());
+    story.finish(mounted);
+}

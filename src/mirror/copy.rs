@@ -127,6 +127,16 @@ fn copy_claim(
     Ok(())
 }
 
+/// What is to be done with a run of blocks.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Part {
+    /// All zero: left out.
+    Zero,
+    /// The target holds it already.
+    Same,
+    New,
+}
+
 /// Writes `bytes`, but leaves holes where whole blocks are zero. Returns how many of them are data of the source.
 fn write_data(job: &Job, live: &Live, offset: u64, bytes: &[u8], held: &mut [u8]) -> Result<u64, Error> {
     let mut data_bytes = bytes.len() as u64;
@@ -139,25 +149,35 @@ fn write_data(job: &Job, live: &Live, offset: u64, bytes: &[u8], held: &mut [u8]
         }
         false => None,
     };
+    let part_at = |at: usize| {
+        let end = next_block(offset, at, bytes.len());
+        match held {
+            _ if is_zero_block(&bytes[at..]) => Part::Zero,
+            Some(held) if held[at..end] == bytes[at..end] => Part::Same,
+            _ => Part::New,
+        }
+    };
     let mut at = 0;
     while at < bytes.len() {
-        let zero = is_zero_block(&bytes[at..]);
+        let part = part_at(at);
         let mut end = next_block(offset, at, bytes.len());
-        while end < bytes.len() && is_zero_block(&bytes[end..]) == zero {
+        while end < bytes.len() && part_at(end) == part {
             end = next_block(offset, end, bytes.len());
         }
         let place = offset + at as u64;
-        if zero {
-            let run = ByteRange::new(place, (end - at) as u64);
-            let extent = live.source.extent_within(run);
-            if extent.status != ExtentStatus::Data {
-                data_bytes -= extent.range.intersect(run).len();
+        match part {
+            Part::Zero => {
+                let run = ByteRange::new(place, (end - at) as u64);
+                let extent = live.source.extent_within(run);
+                if extent.status != ExtentStatus::Data {
+                    data_bytes -= extent.range.intersect(run).len();
+                }
+                clear(job, live, run)?;
             }
-            clear(job, live, run)?;
-        } else if held.is_some_and(|held| held[at..end] == bytes[at..end]) {
-            job.counters.skipped.fetch_add((end - at) as u64, Relaxed);
-        } else {
-            live.target.apply(Change::Write { offset: place, data: &bytes[at..end] })?;
+            Part::Same => {
+                job.counters.skipped.fetch_add((end - at) as u64, Relaxed);
+            }
+            Part::New => live.target.apply(Change::Write { offset: place, data: &bytes[at..end] })?,
         }
         at = end;
     }

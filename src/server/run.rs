@@ -117,12 +117,16 @@ pub(super) fn prepare(link: &Arc<KeeperLink>, start: Start) -> Result<(Arc<Ledge
         store.remove_leftovers();
     }
     let ledger = Ledger::new(store, marks, link.clone(), state);
-    let saved = ledger.change(|_| ());
-    if let Err(error) = saved {
-        if new_state {
-            let _ = std::fs::remove_dir(&config.state_dir);
+    match ledger.change(|_| ()) {
+        Err(error) if first => {
+            if new_state {
+                let _ = std::fs::remove_dir(&config.state_dir);
+            }
+            return Err(error.advise("the state directory must be writable, see --state-dir"));
         }
-        return Err(error.advise("the state directory must be writable, see --state-dir"));
+        // Guests wait: what the last server wrote is there, and this one tries again with the next change.
+        Err(error) => log::error!("{error}"),
+        Ok(()) => (),
     }
     for one in &opened {
         ledger.park(&*one.image);

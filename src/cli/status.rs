@@ -149,7 +149,8 @@ pub fn from_state(found: &Found) -> Result<MountStatus> {
         let log = std::fs::read(store.intent_log(&record.job)).unwrap_or_default();
         let marked =
             JobId::from_hex(&record.job).map_or(record.size_bytes, |job| marked_bytes(&log, &job, record.size_bytes));
-        Some(record.info(&counts, marked, Some("no server answers; it goes on when one does".to_owned())))
+        // No error of its own: that no server answers is said of the mount.
+        Some(record.info(&counts, marked, None))
     };
     let file_mount = is_file_mount(found);
     // It outlives servers, and knows of those that died before they had written anything down.

@@ -12,7 +12,7 @@ use super::runtime;
 use super::*;
 use crate::error::ErrorKind;
 use crate::image::{Format, Identity};
-use crate::mirror::types::{LastMirror, MirrorResult};
+use crate::mirror::types::{LastMirror, MirrorOptions, MirrorResult};
 use crate::volume::ShownAttributes;
 
 fn identity(inode: u64) -> Identity {
@@ -313,4 +313,39 @@ fn a_running_mount_is_found_until_it_withdraws() {
     assert_eq!(runtime::find_in(&[(path.clone(), uid + 1)], "x").unwrap_err().kind(), ErrorKind::Failed);
     runtime::withdraw_from(&path, "x").unwrap();
     assert_eq!(runtime::find_in(&directories, "x").unwrap(), None);
+}
+
+fn unfinished() -> MirrorRecord {
+    MirrorRecord {
+        job: "1".repeat(32),
+        options: MirrorOptions::new("disk.img", "/new/disk.img"),
+        paused: false,
+        created_target: true,
+        target_identity: identity(2),
+        size_bytes: 1 << 20,
+        generation: 7,
+        raising: false,
+        source_marked: true,
+        target_marked: true,
+        source_stamp: Stamp::Running,
+        target_stamp: Stamp::Running,
+        compare: None,
+    }
+}
+
+#[test]
+fn an_image_of_another_generation_or_mirror_is_not_the_one_that_was_paired() {
+    let record = unfinished();
+    let mark = |generation| PairMark { job: record.job.clone(), generation };
+    assert_eq!(record.mismatch(true, Some(&mark(7))), None);
+    for other in [6, 8] {
+        assert!(record.mismatch(true, Some(&mark(other))).is_some(), "generation {other}");
+    }
+    let raising = MirrorRecord { raising: true, ..record.clone() };
+    assert_eq!(raising.mismatch(true, Some(&mark(6))), None, "a server died while it raised it");
+    assert!(raising.mismatch(true, Some(&mark(5))).is_some());
+    let foreign = PairMark { job: "2".repeat(32), generation: 7 };
+    assert!(record.mismatch(true, Some(&foreign)).is_some());
+    assert!(record.mismatch(true, None).is_some(), "an image without its mark");
+    assert_eq!(record.mismatch(false, None), None, "where there are no attributes the times speak alone");
 }

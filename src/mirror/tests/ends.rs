@@ -69,6 +69,12 @@ fn force_cancel_aborts() {
     let world = World::new();
     let (volume, _, job) = ready_job(&world, MirrorOptions::new("j", "target"));
     job.cancel(CancelMode::Force, false).unwrap();
+    job.wait_ended(None);
+    assert_eq!(
+        *world.observer.tracked_when_unpaired.lock(),
+        [true],
+        "unpaired before the first change that nobody tracks"
+    );
     assert!(job.wait_ended(None));
     wait_for("null", || job.status() == Null);
     assert_eq!(world.states("j"), [Created, Running, Ready, Aborting, Concluded, Null]);

@@ -77,8 +77,16 @@ impl Committer for SharedCommitter {
     fn switched(&self, _switches: &[Switch]) {}
 }
 
-struct Ignore;
-impl JobObserver for Ignore {
+/// Remembers whether changes were still tracked when the images were unpaired.
+#[derive(Default)]
+pub(super) struct Watch {
+    pub(super) tracked_when_unpaired: Mutex<Vec<bool>>,
+}
+
+impl JobObserver for Watch {
+    fn unpairing(&self, job: &Job) {
+        self.tracked_when_unpaired.lock().push(job.volume().tracking().is_some());
+    }
     fn ended(&self, _job: &Job, _outcome: &LastMirror) {}
     fn gone(&self, _job: &Job) {}
 }
@@ -89,6 +97,7 @@ pub(super) struct World {
     pub(super) heard: Arc<Mutex<Vec<JobEvent>>>,
     pub(super) committer: Arc<TestCommitter>,
     pub(super) cutovers: Arc<Cutovers>,
+    pub(super) observer: Arc<Watch>,
 }
 
 impl World {
@@ -99,7 +108,7 @@ impl World {
         events.subscribe(Box::new(move |event| record.lock().push(event.clone())));
         let committer = Arc::new(TestCommitter::default());
         let cutovers = Cutovers::new(Arc::new(SharedCommitter(committer.clone())));
-        World { events, heard, committer, cutovers }
+        World { events, heard, committer, cutovers, observer: Arc::default() }
     }
 
     pub(super) fn mirror(&self, volume: &Arc<Volume>, target: Arc<dyn Image>, options: MirrorOptions) -> Arc<Job> {
@@ -121,7 +130,7 @@ impl World {
             resumed: None,
             events: self.events.clone(),
             cutovers: self.cutovers.clone(),
-            observer: Arc::new(Ignore),
+            observer: self.observer.clone(),
         };
         start(options, setting, |_| ()).unwrap()
     }

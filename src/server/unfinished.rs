@@ -8,7 +8,7 @@
 //! A mount never fails and never waits because of a target (an NFS share may not be up yet): all of this has a thread of its own.
 
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use super::backend::Server;
@@ -116,9 +116,13 @@ impl Unfinished {
     /// Opens the target, checks it and starts the job.
     fn attempt(&self, server: &Server) -> Result<()> {
         let Some(mut record) = server.ledger.mirror(self.volume.name()) else { return Ok(()) };
-        let parked = self.state.lock().parked.take();
+        let path = PathBuf::from(&record.options.target);
+        let path = path.as_path();
+        // The keeper holds its own copy, and so its locks: a later attempt could not lock the target anew.
+        let parked = self.state.lock().parked.as_ref().map(OwnedFd::try_clone).transpose();
+        let parked = parked
+            .map_err(|error| Error::io("cannot use the parked target", &error).on(record.options.target.clone()))?;
         let held = parked.is_some();
-        let path = Path::new(&record.options.target);
         own_mount::refuse_inside(path)?;
         refuse_on_own_disk(path)?;
         for volume in &server.volumes {
@@ -151,7 +155,9 @@ impl Unfinished {
         server.ledger.raise(self.volume.name(), &*self.volume.active(), &*target)?;
         self.untie.know(&target);
         server.resume_job(self, target, &record)?;
-        self.state.lock().over = true;
+        let mut state = self.state.lock();
+        state.over = true;
+        state.parked = None;
         Ok(())
     }
 

@@ -60,7 +60,7 @@ impl Pair {
 
     /// Mounts and cuts over: `which` image is suspected, and of all blocks at most `bytes` are written on the target.
     #[track_caller]
-    fn is_compared(self, which: &str, bytes: u64) {
+    fn must_be_compared(self, which: &str, bytes: u64) {
         let mounted = self.mount();
         mounted.wait_ready();
         let log = mounted.log();
@@ -119,7 +119,7 @@ fn touched(end: End) {
         let pair = left(end);
         let image = if which == "source" { &pair.a } else { &pair.b };
         change(image, 5 * MIB + 7);
-        pair.is_compared(which, 64 << 10);
+        pair.must_be_compared(which, 64 << 10);
     }
 }
 
@@ -158,11 +158,11 @@ fn by_a_machine_on_the_bare_source() {
     change(&device.path, 3 * MIB);
     run("sync", [&device.path]).ok();
     device.detach();
-    pair.is_compared("source", 64 << 10);
+    pair.must_be_compared("source", 64 << 10);
 
     let pair = left(End::Killed);
     run("qemu-io", ["-f", "raw", "-c", "write -P 7 9M 64k", pair.a.to_str().expect("UTF-8")]).ok();
-    pair.is_compared("source", 64 << 10);
+    pair.must_be_compared("source", 64 << 10);
 }
 
 #[test]
@@ -170,7 +170,7 @@ fn with_the_times_set_back() {
     for end in [End::Unmounted, End::Killed] {
         let pair = left(end);
         with_old_mtime(&pair.b, || change(&pair.b, MIB));
-        pair.is_compared("target", 64 << 10);
+        pair.must_be_compared("target", 64 << 10);
     }
 }
 
@@ -182,7 +182,7 @@ fn by_an_older_copy_with_its_attributes() {
     run("cp", [Path::new("-a"), &pair.b, &copy]).ok();
     pair.goes_on();
     fs::rename(&copy, &pair.b).expect("rename");
-    pair.is_compared("target", 64 << 10);
+    pair.must_be_compared("target", 64 << 10);
 
     let pair = left(End::Unmounted);
     let copy = pair.place.at("copy.img");
@@ -190,7 +190,7 @@ fn by_an_older_copy_with_its_attributes() {
     pair.goes_on();
     // Into the same file.
     run("cp", [Path::new("--preserve=all"), &copy, &pair.b]).ok();
-    pair.is_compared("target", 64 << 10);
+    pair.must_be_compared("target", 64 << 10);
 }
 
 /// An older copy of the source too, which is what restoring a backup of it does.
@@ -201,7 +201,7 @@ fn by_a_backup_of_the_source() {
     run("cp", [Path::new("-a"), &pair.a, &copy]).ok();
     pair.goes_on();
     fs::rename(&copy, &pair.a).expect("rename");
-    pair.is_compared("source", 64 << 10);
+    pair.must_be_compared("source", 64 << 10);
 }
 
 #[test]
@@ -209,7 +209,7 @@ fn by_cutting_it_short() {
     for end in [End::Unmounted, End::Killed] {
         let pair = left(end);
         OpenOptions::new().write(true).open(&pair.b).and_then(|file| file.set_len(4 * MIB)).expect("truncate");
-        pair.is_compared("target", 8 * MIB);
+        pair.must_be_compared("target", 8 * MIB);
     }
 }
 
@@ -219,7 +219,7 @@ fn by_making_it_anew() {
         let pair = left(End::Unmounted);
         fs::remove_file(&pair.b).expect("rm");
         File::create(&pair.b).and_then(|file| file.set_len(len)).expect("a new file");
-        pair.is_compared("target", SIZE);
+        pair.must_be_compared("target", SIZE);
     }
 }
 
@@ -233,7 +233,7 @@ fn by_an_older_state() {
     fs::remove_dir_all(&state).expect("rm");
     fs::rename(&copy, &state).expect("rename");
     let _ = fs::remove_file(state.join("log"));
-    pair.is_compared("source", SIZE);
+    pair.must_be_compared("source", SIZE);
 }
 
 /// The images change places. What is mounted is then the target, of which the record says that it is no disk of its own.

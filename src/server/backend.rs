@@ -125,13 +125,15 @@ impl Server {
 
     /// The mirror of `volume`, also one that waits for its target.
     pub(super) fn mirror_of(&self, volume: &Volume) -> Option<JobInfo> {
-        let running = self.jobs.running(volume).map(|job| job.info());
-        running.or_else(|| {
+        let running = || self.jobs.running(volume).map(|job| job.info());
+        let waiting = || {
             let list = self.unfinished.lock();
             let left = list.iter().find(|left| std::ptr::eq(&*left.volume, volume))?.clone();
             drop(list);
             Some(left.info(&self.ledger.mirror(volume.name())?))
-        })
+        };
+        // One that goes on is a job before it is no longer waiting: it may have become one since the first look.
+        running().or_else(waiting).or_else(running)
     }
 
     fn volume_status(&self, volume: &Arc<Volume>) -> VolumeStatus {

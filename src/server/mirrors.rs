@@ -60,7 +60,7 @@ impl Server {
         let intent = match IntentLog::create(&self.ledger.store.intent_log(&job), id, size_bytes, settings) {
             Ok(intent) => intent,
             Err(error) => {
-                // A state disk that is full costs the ability to resume, nothing else.
+                // Costs the ability to resume, nothing else. (Where the record cannot be written either, no mirror starts.)
                 log::error!("{error}; the mirror cannot be resumed after a restart");
                 self.ledger.mirror_starts(volume.name(), &options.target)?;
                 return Ok(None);

@@ -24,7 +24,8 @@ const IMPATIENCE: Duration = Duration::from_secs(5);
 
 /// Unmounts cleanly: everything is flushed and saved, and the server has ended, when this returns.
 ///
-/// If a disk is in use, names the processes that hold it and changes nothing (exit code 3).
+/// If a disk is in use, names the processes that hold it and changes nothing (exit code 3). A mirror that is unfinished goes on with
+/// the next mount there.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   livemirror unmount /mnt/vm

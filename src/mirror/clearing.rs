@@ -51,6 +51,6 @@ impl Clearing for JobClearing {
             self.job.copy_failed(Operation::Write, error.clone());
             return Err(error);
         }
-        self.live.source.flush()
+        self.job.volume().flush_for_mirror()
     }
 }

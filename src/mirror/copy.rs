@@ -141,7 +141,7 @@ enum Part {
 fn write_data(job: &Job, live: &Live, offset: u64, bytes: &[u8], held: &mut [u8]) -> Result<u64, Error> {
     let mut data_bytes = bytes.len() as u64;
     // What the target holds, read after the claim was taken: nobody else writes there.
-    let held = match job.comparing {
+    let held = match job.comparing && !live.target.is_distrusted() {
         true => {
             let held = &mut held[..bytes.len()];
             live.target.image().read_at(offset, held)?;

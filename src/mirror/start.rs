@@ -138,7 +138,8 @@ pub fn start(options: MirrorOptions, setting: Setting, register: impl FnOnce(&Ar
     let disk = ByteRange::new(0, size_bytes);
     let marked = match (&intent, resumed) {
         // Under the barrier: no guest is between its bit and its mark.
-        (Some(intent), Some(_)) => {
+        // A log that broke meanwhile has not marked everything since: nothing it says is used.
+        (Some(intent), Some(_)) if !intent.is_broken() => {
             let mut ranges = Vec::new();
             intent.marked_ranges(|range| ranges.push(range));
             ranges
@@ -162,7 +163,11 @@ pub fn start(options: MirrorOptions, setting: Setting, register: impl FnOnce(&Ar
     if let Err(error) = spawned {
         let error = Error::io("cannot start a thread for the mirror", &error);
         if let Some(raised) = volume.raise_barrier(None) {
-            volume.end_tracking(&raised);
+            match resumed {
+                // It is tried again: what guests change until then is marked durably.
+                Some(_) => volume.set_tracking(&raised, None),
+                None => volume.end_tracking(&raised),
+            }
         }
         job.observer.gone(&job);
         *job.live.lock() = None;

@@ -44,9 +44,9 @@ impl Heartbeat {
         let mut state = self.state.lock();
         state.ended = true;
         self.changed.notify_all();
-        while state.beats {
-            self.changed.wait(&mut state);
-        }
+        // One that hangs in a target's store must not keep the mount from ending.
+        let deadline = Instant::now() + PATIENCE;
+        while state.beats && wait_until(&self.changed, &mut state, Some(deadline)) {}
     }
 
     /// Sees to it that no counter falls below what it stands at now, should the server die: before it is shown to anybody.

@@ -99,6 +99,7 @@ impl Server {
                 Err(error) => {
                     log::error!("{error}; the mirror of {} cannot go on", volume.name());
                     self.ledger.unpair(volume, None);
+                    self.ledger.unpark(&record.options.target);
                     self.ledger.mirror_is_lost(volume.name());
                 }
             }

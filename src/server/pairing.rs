@@ -48,6 +48,8 @@ pub(super) fn look_at_target(record: &mut MirrorRecord, target: &dyn Image, mark
     };
     distrust(record, "target", suspicion);
     record.target_identity = identity;
+    // What somebody else has put there is not ours to remove.
+    record.created_target &= !other;
     Ok(())
 }
 

@@ -125,7 +125,7 @@ pub(super) fn prepare(link: &Arc<KeeperLink>, start: Start) -> Result<(Arc<Ledge
             return Err(error.advise("the state directory must be writable, see --state-dir"));
         }
         // Guests wait: what the last server wrote is there, and this one tries again with the next change.
-        Err(error) => log::error!("{error}"),
+        Err(error) => log::error!("{error}; serving all the same"),
         Ok(()) => (),
     }
     for one in &opened {

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use super::backend::Server;
 use super::ledger::Ledger;
+use super::opening::locked_descriptor;
 use super::pairing::{self, Untie};
 use crate::dirty::IntentLog;
 use crate::dirty::intent::{JobId, Settings};
@@ -45,6 +46,8 @@ pub(super) struct Unfinished {
 struct State {
     /// The target's locked descriptor, if the keeper has kept it.
     parked: Option<OwnedFd>,
+    /// ... since the last server used it.
+    held: bool,
     last_error: Option<Error>,
     /// It goes on, or was given up.
     over: bool,
@@ -63,6 +66,14 @@ impl Unfinished {
         parked: Option<OwnedFd>,
         counts: Counts,
     ) -> Result<Arc<Unfinished>> {
+        if volume.size_bytes() != record.size_bytes {
+            let what = format!(
+                "the disk had {} bytes when its mirror began, and has {} now:",
+                record.size_bytes,
+                volume.size_bytes()
+            );
+            return Err(Error::new(ErrorKind::Failed, what).on(volume.name()));
+        }
         let untie = Untie::new(ledger, volume);
         let settings = Settings::new(record.options.max_guest_delay, untie.clone());
         let path = ledger.store.intent_log(&record.job);
@@ -76,7 +87,7 @@ impl Unfinished {
         if let Some(raised) = volume.raise_barrier(None) {
             volume.set_intent(&raised, intent.clone());
         }
-        let state = State { parked, last_error: None, over: false, try_now: false };
+        let state = State { held: parked.is_some(), parked, last_error: None, over: false, try_now: false };
         let (state, changed) = (Mutex::new(state), Condvar::new());
         Ok(Arc::new(Unfinished { volume: volume.clone(), intent, untie, counts, state, changed }))
     }
@@ -115,14 +126,14 @@ impl Unfinished {
 
     /// Opens the target, checks it and starts the job.
     fn attempt(&self, server: &Server) -> Result<()> {
-        let Some(mut record) = server.ledger.mirror(self.volume.name()) else { return Ok(()) };
+        let Some(mut record) = server.ledger.mirror(self.volume.name()) else { return self.end_as_lost(server) };
         let path = PathBuf::from(&record.options.target);
         let path = path.as_path();
         // The keeper holds its own copy, and so its locks: a later attempt could not lock the target anew.
         let parked = self.state.lock().parked.as_ref().map(OwnedFd::try_clone).transpose();
         let parked = parked
             .map_err(|error| Error::io("cannot use the parked target", &error).on(record.options.target.clone()))?;
-        let held = parked.is_some();
+        let held = self.state.lock().held;
         own_mount::refuse_inside(path)?;
         refuse_on_own_disk(path)?;
         for volume in &server.volumes {
@@ -136,6 +147,11 @@ impl Unfinished {
             descriptor: parked,
         };
         let target = open(path, &options)?;
+        if let Some(descriptor) = locked_descriptor(&*target) {
+            // What follows may fail after the keeper has it: then it is the keeper's locks that are in the way.
+            let kept = descriptor.try_clone_to_owned();
+            self.state.lock().parked = kept.ok();
+        }
         let trusted = record.compare.is_none();
         pairing::look_at_target(&mut record, &*target, &server.ledger.marks, held)?;
         if target.size_bytes() < record.size_bytes {
@@ -149,8 +165,19 @@ impl Unfinished {
         if trusted && record.compare.is_some() {
             self.intent.mark_durably(ByteRange::new(0, record.size_bytes));
         }
-        let checked = record.clone();
-        server.ledger.change_mirror(self.volume.name(), |known| *known = checked)?;
+        let checked = record;
+        let same = server.ledger.mirror(self.volume.name()).is_some_and(|known| known.job == checked.job);
+        if self.intent.is_broken() || !same {
+            // The pairing was destroyed while the target was opened.
+            return self.end_as_lost(server);
+        }
+        server.ledger.change_mirror(self.volume.name(), |known| {
+            known.compare = checked.compare;
+            known.created_target = checked.created_target;
+            known.target_identity = checked.target_identity;
+        })?;
+        // With what users have told it meanwhile.
+        let Some(record) = server.ledger.mirror(self.volume.name()) else { return self.end_as_lost(server) };
         server.ledger.park(&*target);
         server.ledger.raise(self.volume.name(), &*self.volume.active(), &*target)?;
         self.untie.know(&target);
@@ -174,21 +201,38 @@ impl Unfinished {
     /// Gives the mirror up.
     ///
     /// # Errors
-    /// It goes on already; guests' writes under way do not end.
+    /// It goes on already.
     pub(super) fn give_up(&self, server: &Server) -> Result<()> {
         let _one = server.starting.lock();
         if self.state.lock().over {
             return Err(Error::not_now("the mirror is just going on, try again:").on(self.volume.name()));
         }
         server.ledger.unpair(&self.volume, None);
-        let deadline = Instant::now() + BARRIER_PATIENCE;
-        let raised = self.volume.raise_barrier(Some(deadline));
-        let raised =
-            raised.ok_or_else(|| Error::not_now("guest requests under way do not end:").on(self.volume.name()))?;
-        self.volume.end_tracking(&raised);
-        drop(raised);
+        self.end_marking();
+        Ok(())
+    }
+
+    /// The pairing is gone, durably: guests' changes need no marks any more.
+    fn end_marking(&self) {
+        // A write that is stuck in the source must not hold all the others for ever: they go on between two attempts.
+        loop {
+            if let Some(raised) = self.volume.raise_barrier(Some(Instant::now() + BARRIER_PATIENCE)) {
+                self.volume.end_tracking(&raised);
+                break;
+            }
+            std::thread::sleep(BARRIER_PATIENCE);
+        }
         self.leave();
+        self.state.lock().parked = None;
         self.intent.close();
+    }
+
+    /// Its log broke before it could go on.
+    fn end_as_lost(&self, server: &Server) -> Result<()> {
+        if !self.state.lock().over {
+            self.end_marking();
+            server.ledger.mirror_is_lost(self.volume.name());
+        }
         Ok(())
     }
 

@@ -176,9 +176,16 @@ impl Volume {
                 twin.failed.store(true, Relaxed);
             }
         }
-        match &*self.tracking.load() {
+        let flushed = match &*self.tracking.load() {
             None => self.active.load().0.flush(),
             Some(tracking) => tracking.guest_flush(&*self.active.load().0),
+        };
+        if flushed.is_err() {
+            self.flush_failed.store(true, Relaxed);
+        }
+        match self.owed.lock().take() {
+            Some(owed) => flushed.and(Err(owed)),
+            None => flushed,
         }
     }
 

@@ -80,6 +80,10 @@ pub struct Volume {
     shown_changed: OnceLock<ShownListener>,
     read_bytes: AtomicU64,
     written_bytes: AtomicU64,
+    /// A flush of the active image has failed: a later one that succeeds proves nothing about what was written before.
+    flush_failed: AtomicBool,
+    /// A failed flush that no guest asked for: Linux reports it once, and a guest's next flush must hear of it (rule 7).
+    owed: Mutex<Option<Error>>,
 }
 
 /// Hears that a guest changed what the disk shows; called on the guest's thread, without locks held.
@@ -162,6 +166,8 @@ impl Volume {
             resizing: Mutex::new(()),
             read_bytes: AtomicU64::new(0),
             written_bytes: AtomicU64::new(0),
+            flush_failed: AtomicBool::new(false),
+            owed: Mutex::new(None),
         }
     }
 
@@ -256,6 +262,8 @@ impl Volume {
     /// write that the new one will get.
     pub fn switch(&self, _barrier: &Raised<'_>, image: Arc<dyn Image>) {
         self.active.store(Arc::new(ActiveImage(image)));
+        self.flush_failed.store(false, Relaxed);
+        *self.owed.lock() = None;
         self.tracking.store(None);
         self.intent.store(None);
         self.twin.store(None);
@@ -282,6 +290,22 @@ impl Volume {
     /// True unless a change failed on the joined twin.
     pub fn twin_is_whole(&self) -> bool {
         self.twin.load().as_ref().is_none_or(|twin| !twin.failed.load(Relaxed))
+    }
+
+    /// Flushes the active image for the mirror's own needs.
+    ///
+    /// # Errors
+    /// This flush, or an earlier one of this image, failed. The next flush of a guest fails too, if it has not heard of it.
+    pub fn flush_for_mirror(&self) -> Result<()> {
+        if let Err(error) = self.active().flush() {
+            *self.owed.lock() = Some(error.clone());
+            self.flush_failed.store(true, Relaxed);
+            return Err(error);
+        }
+        match self.flush_failed.load(Relaxed) {
+            true => Err(Error::new(ErrorKind::Failed, "an earlier flush has failed:").on(self.active().name())),
+            false => Ok(()),
+        }
     }
 
     /// The one way of everything that may change the active image. The caller is inside the barrier.

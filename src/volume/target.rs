@@ -15,7 +15,7 @@ use crate::dirty::DirtyMap;
 use crate::error::Result;
 use crate::image::Image;
 use crate::range::{ByteRange, Granularity, Granule};
-use crate::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use crate::sync::{Arc, Mutex, RwLock};
 
 /// The coarse unit of the memory: 1 MiB up to 1 TiB, so that the sets stay small; 64 MiB at most.
@@ -35,6 +35,8 @@ pub struct Target {
     writes: AtomicU64,
     /// One flush at a time.
     flushing: Mutex<()>,
+    /// A flush has failed: what is read back may be in the page cache only.
+    distrusted: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -48,7 +50,14 @@ impl Target {
     pub fn new(image: Arc<dyn Image>, size_bytes: u64) -> Self {
         let set = || DirtyMap::new(size_bytes, region_size(size_bytes));
         let unproven = RwLock::new(Unproven { current: set(), flushing: set() });
-        Target { image, size_bytes, unproven, writes: AtomicU64::new(0), flushing: Mutex::new(()) }
+        Target {
+            image,
+            size_bytes,
+            unproven,
+            writes: AtomicU64::new(0),
+            flushing: Mutex::new(()),
+            distrusted: AtomicBool::new(false),
+        }
     }
 
     /// The image itself, for everything but writing.
@@ -82,6 +91,11 @@ impl Target {
         result
     }
 
+    /// True once a flush has failed: what is read from the target proves nothing about what its store holds.
+    pub fn is_distrusted(&self) -> bool {
+        self.distrusted.load(SeqCst)
+    }
+
     /// Flushes. When that fails, every range written since the last success is marked in `map` before this returns.
     ///
     /// # Errors
@@ -107,6 +121,8 @@ impl Target {
 
     /// Marks everything since the last successful flush in `map`: after a failed flush or a lost connection.
     pub fn distrust(&self, map: &DirtyMap) {
+        // Before anything is dirty again: whoever copies it does not take what it reads back for proof.
+        self.distrusted.store(true, SeqCst);
         let sets = {
             let unproven = self.unproven.read();
             [unproven.current.clone(), unproven.flushing.clone()]

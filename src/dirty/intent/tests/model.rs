@@ -218,5 +218,6 @@ fn a_power_cut_at_any_instant_of_a_storm_loses_nothing() {
     while world.copy_one() {}
     log.inner.pass(&*world);
     assert_eq!((log.marked_bytes(), log.is_broken()), (0, false));
-    assert!(log.syncs() > 10 && world.flushes.load(SeqCst) > 10, "{} {}", log.syncs(), world.flushes.load(SeqCst));
+    // How often depends on who got a processor when; that both happened does not.
+    assert!(log.syncs() > 0 && world.flushes.load(SeqCst) > 0, "{} {}", log.syncs(), world.flushes.load(SeqCst));
 }

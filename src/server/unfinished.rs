@@ -147,11 +147,6 @@ impl Unfinished {
             descriptor: parked,
         };
         let target = open(path, &options)?;
-        if let Some(descriptor) = locked_descriptor(&*target) {
-            // What follows may fail after the keeper has it: then it is the keeper's locks that are in the way.
-            let kept = descriptor.try_clone_to_owned();
-            self.state.lock().parked = kept.ok();
-        }
         let trusted = record.compare.is_none();
         pairing::look_at_target(&mut record, &*target, &server.ledger.marks, held)?;
         if target.size_bytes() < record.size_bytes {
@@ -161,6 +156,11 @@ impl Unfinished {
         let _one = server.starting.lock();
         if self.state.lock().over {
             return Ok(());
+        }
+        if let Some(descriptor) = locked_descriptor(&*target) {
+            // What follows may fail after the keeper has it: then it is the keeper's locks that are in the way.
+            let kept = descriptor.try_clone_to_owned();
+            self.state.lock().parked = kept.ok();
         }
         if trusted && record.compare.is_some() {
             self.intent.mark_durably(ByteRange::new(0, record.size_bytes));

@@ -144,6 +144,7 @@ fn write_data(job: &Job, live: &Live, offset: u64, bytes: &[u8], held: &mut [u8]
     let held = match job.comparing && !live.target.is_distrusted() {
         true => {
             let held = &mut held[..bytes.len()];
+            live.target.rely_on(ByteRange::new(offset, bytes.len() as u64));
             live.target.image().read_at(offset, held)?;
             Some(&*held)
         }

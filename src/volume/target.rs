@@ -79,6 +79,13 @@ impl Target {
         self.unproven.read().current.mark(range);
     }
 
+    /// What is read back in `range` will be relied on as if it had been written now: it may be in the page cache only, and a flush
+    /// that fails makes it dirty again too. Called before the reading.
+    pub fn rely_on(&self, range: ByteRange) {
+        self.writes.fetch_add(1, SeqCst);
+        self.note(range);
+    }
+
     /// Makes `change` on the target.
     ///
     /// # Errors

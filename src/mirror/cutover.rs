@@ -91,9 +91,12 @@ impl Cutovers {
         refuse_unless_proven(&participants, &written)?;
         let failure = match record.commit() {
             Err(CommitFailure::NotDone(error)) => return Err(error),
-            // The mirror goes on and both images stay alike: either record is true. Its end must be durable first (rule 11).
             Err(CommitFailure::Undecided(error)) if ending == Ending::Copy => {
-                return Err(Error::not_now(error.to_string()));
+                for one in &participants {
+                    one.live.tracking.set_synchronous(false);
+                }
+                drop(barriers);
+                return Err(self.take_back(&participants, &switches, &frozen, error));
             }
             Err(CommitFailure::Undecided(error)) => Some(error),
             Ok(()) => None,
@@ -119,6 +122,21 @@ impl Cutovers {
         announce(&participants, ending, pause_ms);
         *rest_until = None;
         Ok(pause_ms)
+    }
+
+    /// Nobody knows whether the record in place calls the copy finished: the target stays as it is, so that this would be true, until a
+    /// record is durable by which the mirror goes on. Guests' changes are marked meanwhile.
+    fn take_back(&self, participants: &[Participant], switches: &[Switch], frozen: &Frozen<'_>, error: Error) -> Error {
+        log::error!("the copy may be finished or not: {error}; nothing is copied until a record is durable");
+        while let Err(error) = self.committer.settle(switches, false) {
+            log::error!("the end of the copy is still undecided: {error}");
+            if still_wanted(participants).is_err() {
+                frozen.for_good();
+                break;
+            }
+            std::thread::sleep(SETTLE_EVERY);
+        }
+        Error::not_now(error.to_string())
     }
 
     /// Nobody knows which record is in place: serve from the old image, write both, until a record is durable.

@@ -180,6 +180,10 @@ fn fulfil_wish(job: &Arc<Job>) -> bool {
 /// The simplest `auto`: background, write-blocking once a full pass is done and the dirty count no longer falls, and back
 /// when guests have become quiet. Also ends the rest that a stalled target was given.
 fn converge(job: &Job, live: &Live, memory: &mut Convergence) {
+    if job.frozen.load(SeqCst) {
+        // Whether guests' writes go to the target now is the cutover's to say.
+        return;
+    }
     let (mode, scanned, rested) = {
         let state = job.state.lock();
         let rested = state.stalled_at.is_none_or(|at| at.elapsed() >= STALL_REST);

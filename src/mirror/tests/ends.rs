@@ -65,6 +65,37 @@ fn finish_leaves_a_consistent_copy_and_no_switch() {
 }
 
 #[test]
+fn a_copy_that_may_be_finished_is_left_alone_until_that_is_decided() {
+    for mode in [CopyMode::Background, CopyMode::WriteBlocking] {
+        let world = World::new();
+        let options = MirrorOptions { copy_mode: mode, ..MirrorOptions::new("j", "target") };
+        let (volume, target, job) = ready_job(&world, options);
+        let guest = Guest::start(&volume, 0, 64);
+        // Neither the record nor the one that takes it back is durable for now.
+        let many = 1 << 40;
+        world.committer.undecided.store(many, SeqCst);
+        let jobs = [job.clone()];
+        std::thread::scope(|scope| {
+            let ending = scope.spawn(|| world.end(&jobs, Ending::Copy));
+            wait_for("undecided", || world.committer.undecided.load(SeqCst) < many - 1);
+            let copy = read_all(&*target);
+            let seen = guest.writes.load(SeqCst);
+            wait_for("the guest goes on", || guest.writes.load(SeqCst) > seen + 1000);
+            // Here a server may be killed, and the next one find a record that says "finished, consistent".
+            assert!(copy == read_all(&*target), "{mode:?}: the copy changed while it may count as finished");
+            assert!(job.info().dirty_bytes > 0);
+            world.committer.undecided.store(1, SeqCst);
+            ending.join().unwrap();
+        });
+        assert!(world.committer.taken_back.load(SeqCst));
+        let acknowledged = guest.stop();
+        job.wait_ended(None);
+        assert_eq!(job.outcome().map(|outcome| outcome.result), Some(MirrorResult::Finished));
+        assert_holds(&*volume.active(), 0, &acknowledged);
+    }
+}
+
+#[test]
 fn force_cancel_aborts() {
     let world = World::new();
     let (volume, _, job) = ready_job(&world, MirrorOptions::new("j", "target"));

@@ -261,8 +261,20 @@ fn by_putting_a_foreign_image_there() {
     // A disk of livemirror's, whose mount has ended.
     let other = pair.place.random("other.img", SIZE, 2);
     Mount::of(&pair.place, [&other]).named("other").start().unmount();
+    refused_and_untouched(pair, &other);
+}
+
+/// Something of which livemirror knows nothing.
+#[test]
+fn by_putting_any_other_file_there() {
+    let pair = left(End::Unmounted);
+    let other = pair.place.random("other.img", SIZE / 2, 2);
+    refused_and_untouched(pair, &other);
+}
+
+fn refused_and_untouched(pair: Pair, other: &Path) {
     fs::rename(&pair.b, pair.place.at("away.img")).expect("rename");
-    fs::rename(&other, &pair.b).expect("rename");
+    fs::rename(other, &pair.b).expect("rename");
     let content = fs::read(&pair.b).expect("read");
     let mounted = pair.mount();
     mounted.wait_for("the refusal", |volumes| !volumes[0]["mirror"]["last_error"].is_null());
@@ -274,7 +286,7 @@ fn by_putting_a_foreign_image_there() {
     mounted.wait_for("the refusal", |volumes| !volumes[0]["mirror"]["last_error"].is_null());
     assert!(fs::read(&pair.b).expect("read") == content, "it was written to");
     // The right one comes back.
-    fs::rename(&pair.b, &other).expect("rename");
+    fs::rename(&pair.b, other).expect("rename");
     fs::rename(pair.place.at("away.img"), &pair.b).expect("rename");
     mounted.verb::<&str>("resume", []).ok();
     mounted.wait_ready();

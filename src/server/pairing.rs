@@ -86,18 +86,23 @@ fn suspicion(
     }
 }
 
-/// A file that was put in the target's place is written over only if nothing says that it is somebody's disk.
+/// A file that was put in the target's place is written over only if nothing says that it is somebody's disk: a copy of the target that
+/// came back from elsewhere without its attributes has the target's size at least.
 fn refuse_foreign(record: &MirrorRecord, target: &dyn Image, marks: &Marks) -> Result<()> {
     let Some(descriptor) = locked_descriptor(target) else { return Ok(()) };
     let known = marks.id(descriptor)?.is_some_and(|id| Some(&id) != record.target_identity.id.as_ref());
     let paired = marks.read_pair(descriptor)?.is_some_and(|mark| mark.job != record.job);
-    if known || paired {
-        let what = "what lies there now is not the target of the mirror but another image of livemirror's:";
-        return Err(Error::new(ErrorKind::Failed, what)
-            .on(target.name())
-            .advise("put the right file there, or give the mirror up with `livemirror cancel`"));
-    }
-    Ok(())
+    let size_bytes = target.size_bytes();
+    let sized = [0, record.size_bytes, record.target_identity.size_bytes].contains(&size_bytes);
+    let which = match (known || paired, sized) {
+        (true, _) => "of livemirror's".to_owned(),
+        (false, false) => format!("of {size_bytes} bytes"),
+        (false, true) => return Ok(()),
+    };
+    let what = format!("what lies there now is not the target of the mirror but another image {which}:");
+    Err(Error::new(ErrorKind::Failed, what)
+        .on(target.name())
+        .advise("put the right file there, or give the mirror up with `livemirror cancel`"))
 }
 
 impl Ledger {

@@ -78,7 +78,8 @@
 //! ```text
 //! starting (server) < cutovers (one at a time in a mount) < barriers, in mount order < resizing (volume)
 //!   < hold or claim (dirty map's busy set, never while waiting for another) < flushing (target) < stripes (image)
-//! leaves, under which nothing else is taken: job state, job's live images, pacer, event listeners, ledger's record, intent log
+//! ledger's saving < ledger's record
+//! leaves, under which nothing else is taken: job state, job's live images, pacer, event listeners, intent log
 //! ```
 //!
 //! Who waits for whom: a guest's write waits for the barrier, or inside it for the intent log's thread, which waits for its disk

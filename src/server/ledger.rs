@@ -1,4 +1,7 @@
 //! The record of a mount while it is served: one copy in memory, one on disk, and the cutover's one commit point (rule 15).
+//!
+//! Whoever changes it holds `saving` until it is written; whoever only looks takes `state`, under which nothing is waited for: where the
+//! state's disk hangs, `status` answers and guests go on.
 
 use std::time::SystemTime;
 
@@ -17,6 +20,9 @@ pub(super) struct Ledger {
     pub(super) store: Store,
     pub(super) marks: Marks,
     link: Arc<KeeperLink>,
+    /// How often the record was changed, in memory at least. Held while it is written.
+    pub(super) saving: Mutex<u64>,
+    /// Changed under `saving` only.
     state: Mutex<MountState>,
 }
 
@@ -25,6 +31,8 @@ struct LedgerRecord {
     ledger: Arc<Ledger>,
     prepared: Prepared,
     next: MountState,
+    /// What [`Ledger::saving`] counted when it was prepared.
+    changes: u64,
 }
 
 /// [`Ledger`] as the mirror knows it.
@@ -37,7 +45,7 @@ pub(super) fn parking_name(image: &str) -> String {
 
 impl Ledger {
     pub(super) fn new(store: Store, marks: Marks, link: Arc<KeeperLink>, state: MountState) -> Arc<Self> {
-        Arc::new(Ledger { store, marks, link, state: Mutex::new(state) })
+        Arc::new(Ledger { store, marks, link, saving: Mutex::new(0), state: Mutex::new(state) })
     }
 
     /// What is known of volume `name`.
@@ -56,9 +64,14 @@ impl Ledger {
     /// # Errors
     /// It cannot be written; what is in memory is changed all the same, and the next save writes it.
     pub(super) fn change(&self, change: impl FnOnce(&mut MountState)) -> Result<()> {
-        let mut state = self.state.lock();
-        change(&mut state);
-        self.store.save(&state).map_err(Error::from)
+        let mut changes = self.saving.lock();
+        *changes += 1;
+        let next = {
+            let mut state = self.state.lock();
+            change(&mut state);
+            state.clone()
+        };
+        self.store.save(&next).map_err(Error::from)
     }
 
     /// Remembers that a mirror runs that cannot be resumed: should this server die, the next one says that the mirror died with it.
@@ -198,11 +211,11 @@ impl Committer for LedgerCommitter {
             ledger.park(&*switch.new);
         }
         // Under the lock: a change of the record after the copy was taken is noticed by the commit.
-        let state = ledger.state.lock();
+        let changes = ledger.saving.lock();
+        let state = ledger.state.lock().clone();
         let next = ledger.with(&state, switches, ending)?;
         let prepared = ledger.store.prepare(&next)?;
-        drop(state);
-        Ok(Box::new(LedgerRecord { ledger: ledger.clone(), prepared, next }))
+        Ok(Box::new(LedgerRecord { ledger: ledger.clone(), prepared, next, changes: *changes }))
     }
 
     fn supersede(&self, switches: &[Switch]) {
@@ -214,10 +227,12 @@ impl Committer for LedgerCommitter {
     }
 
     fn settle(&self, switches: &[Switch], made: bool) -> Result<()> {
-        let mut state = self.0.state.lock();
-        let next = if made { self.0.with(&state, switches, Ending::Switch)? } else { state.clone() };
+        let mut changes = self.0.saving.lock();
+        *changes += 1;
+        let state = self.0.state.lock().clone();
+        let next = if made { self.0.with(&state, switches, Ending::Switch)? } else { state };
         self.0.store.save(&next).map_err(Error::from)?;
-        *state = next;
+        *self.0.state.lock() = next;
         Ok(())
     }
 
@@ -290,10 +305,16 @@ impl Ledger {
 
 impl PreparedRecord for LedgerRecord {
     fn commit(self: Box<Self>) -> Result<(), CommitFailure> {
-        let mut state = self.ledger.state.lock();
+        let changes = self.ledger.saving.lock();
+        if *changes != self.changes {
+            // Also one that could not be written: it would be forgotten.
+            return Err(CommitFailure::NotDone(Error::not_now(
+                "the mount's state was changed by something else meanwhile",
+            )));
+        }
         match self.prepared.commit() {
             Ok(()) => {
-                *state = self.next;
+                *self.ledger.state.lock() = self.next;
                 Ok(())
             }
             Err(CommitError::NotCommitted(error)) => Err(CommitFailure::NotDone(Error::not_now(error.to_string()))),

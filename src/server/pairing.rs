@@ -198,7 +198,7 @@ impl Ledger {
             return;
         };
         log::error!("{error}; the pair is untied on the images themselves");
-        self.untie_images(&record, &*volume.active(), target);
+        self.untie_images(&record, volume, target);
     }
 
     /// Takes an unfinished mirror out of the record: a server that dies while it runs has to give it up.
@@ -211,17 +211,22 @@ impl Ledger {
     }
 
     /// Takes the pair's mark from either image, durably.
-    fn untie_images(&self, record: &MirrorRecord, source: &dyn Image, target: Option<&dyn Image>) {
-        let untied = |image: &dyn Image, marked: bool| {
-            let Some(descriptor) = locked_descriptor(image).filter(|_| marked) else { return false };
-            let untied = self.untie(descriptor);
-            untied.inspect_err(|error| log::error!("{error}")).is_ok()
-        };
-        let done =
-            target.is_some_and(|target| untied(target, record.target_marked)) || untied(source, record.source_marked);
-        if !done {
-            log::error!("{}: a later mount may take its mirror for unfinished: cancel it then", source.name());
+    fn untie_images(&self, record: &MirrorRecord, volume: &Volume, target: Option<&dyn Image>) {
+        let by_target = || target.filter(|_| record.target_marked).is_some_and(|target| self.untie_logged(target));
+        let by_source = || record.source_marked && self.untie_logged(&*volume.active());
+        if !by_target() && !by_source() {
+            self.tell_still_paired(volume);
         }
+    }
+
+    fn tell_still_paired(&self, volume: &Volume) {
+        log::error!("{}: a later mount may take its mirror for unfinished: cancel it then", volume.name());
+    }
+
+    /// True: the image says durably that it belongs to no pair.
+    fn untie_logged(&self, image: &dyn Image) -> bool {
+        let untied = locked_descriptor(image).map(|descriptor| self.untie(descriptor));
+        untied.is_some_and(|untied| untied.inspect_err(|error| log::error!("{error}")).is_ok())
     }
 
     fn untie(&self, image: BorrowedFd<'_>) -> Result<()> {
@@ -253,15 +258,33 @@ impl Forget for Untie {
     fn forget(&self, _reason: &Error) {
         let Some(record) = self.ledger.mirror(self.volume.name()) else { return };
         let (sender, receiver) = mpsc::channel();
-        let (ledger, name) = (self.ledger.clone(), self.volume.name().to_owned());
         // The record lies beside the log: where that does not answer, neither may it, and guests wait.
-        let spawned = std::thread::Builder::new().name("forget".into()).spawn(move || {
-            let _ = sender.send(ledger.forget_mirror(&name));
-        });
-        let forgotten = spawned.is_ok() && matches!(receiver.recv_timeout(RECORD_PATIENCE), Ok(Ok(())));
-        if !forgotten {
-            let target = self.target.lock().as_ref().and_then(Weak::upgrade);
-            self.ledger.untie_images(&record, &*self.volume.active(), target.as_deref());
+        self.means(&sender, |ledger, volume| ledger.forget_mirror(volume.name()).is_ok());
+        if matches!(receiver.recv_timeout(RECORD_PATIENCE), Ok(true)) {
+            return;
+        }
+        // Side by side, since one of the images may hang as well: the first that works is enough.
+        let target = self.target.lock().as_ref().and_then(Weak::upgrade);
+        if let Some(target) = target.filter(|_| record.target_marked) {
+            self.means(&sender, move |ledger, _| ledger.untie_logged(&*target));
+        }
+        if record.source_marked {
+            self.means(&sender, |ledger, volume| ledger.untie_logged(&*volume.active()));
+        }
+        drop(sender);
+        if !receiver.iter().any(|done| done) {
+            self.ledger.tell_still_paired(&self.volume);
+        }
+    }
+}
+
+impl Untie {
+    /// Tries to destroy the pairing on a thread of its own, which then says whether it has.
+    fn means(&self, says: &mpsc::Sender<bool>, means: impl FnOnce(&Ledger, &Volume) -> bool + Send + 'static) {
+        let (ledger, volume, says) = (self.ledger.clone(), self.volume.clone(), says.clone());
+        let tried = move || _ = says.send(means(&ledger, &volume));
+        if let Err(error) = std::thread::Builder::new().name("forget".into()).spawn(tried) {
+            log::error!("{}", Error::io("cannot start a thread", &error));
         }
     }
 }

@@ -6,15 +6,18 @@ use std::path::{Path, PathBuf};
 use super::config::{Layout, MountConfig, VolumeConfig};
 use super::ledger::{Ledger, LedgerCommitter};
 use super::opening::{OpenedVolume, locked_descriptor, open_first};
+use super::pairing::Untie;
 use super::{run, target};
+use crate::dirty::intent::Forget;
 use crate::error::{Error, ErrorKind};
 use crate::fuse::{KeeperLink, Start};
 use crate::image::{CacheMode, Image, OpenOptions, Role, open};
-use crate::mirror::cutover::{Committer, Ending, Switch};
+use crate::mirror::cutover::{CommitFailure, Committer, Ending, Switch};
 use crate::mirror::types::MirrorOptions;
-use crate::state::{Mark, Marks, MountState, Store};
+use crate::state::Step;
+use crate::state::{Mark, Marks, MirrorRecord, MountState, Stamp, Store};
 use crate::sync::Arc;
-use crate::volume::{ShownAttributes, Volume, VolumeOptions};
+use crate::volume::{AttributeChange, ShownAttributes, Volume, VolumeOptions};
 
 struct World {
     directory: tempfile::TempDir,
@@ -172,6 +175,67 @@ fn the_way_back_raises_the_generation_and_unmarks_what_is_active() {
     assert_eq!(name_of(&world.open("a.img", None).unwrap()), "a.img");
     world.config.follow = true;
     assert_eq!(name_of(&world.open("b.img", None).unwrap()), "a.img");
+}
+
+#[test]
+fn a_change_that_could_not_be_written_is_not_forgotten_by_a_cutover() {
+    let world = World::new();
+    let opened = world.open("a.img", None).unwrap();
+    let (ledger, _other) = world.ledger(&opened);
+    let disk = volume(opened.image.clone());
+    let switches = [Switch { volume: disk.clone(), old: opened.image, new: world.image("b.img") }];
+    let committer = LedgerCommitter(ledger.clone());
+    let prepared = committer.prepare(&switches, Ending::Switch).unwrap();
+    ledger.store.faults().failing.lock().insert(Step::Write);
+    disk.set_attributes(AttributeChange { mode: Some(0o640), ..AttributeChange::default() }).unwrap();
+    ledger.shown_changed(&disk);
+    ledger.store.faults().failing.lock().clear();
+    assert!(matches!(prepared.commit(), Err(CommitFailure::NotDone(_))), "it was prepared before the change");
+    assert!(committer.prepare(&switches, Ending::Switch).unwrap().commit().is_ok());
+    let state = Store::open(&world.config.state_dir).unwrap().load().unwrap().unwrap();
+    assert_eq!(state.volumes[0].shown.as_ref().unwrap().mode, Some(0o640));
+    assert_eq!(state.volumes[0].active, world.at("b.img").display().to_string());
+}
+
+/// What a guest waits for when the intent log's disk, and so perhaps the record's, hangs.
+#[test]
+fn a_pairing_is_destroyed_on_an_image_where_the_record_hangs() {
+    let world = World::new();
+    let opened = world.open("a.img", None).unwrap();
+    let (ledger, _other) = world.ledger(&opened);
+    let disk = volume(opened.image.clone());
+    let target = world.image("b.img");
+    ledger.pair(&disk, &*target, mirror_record(&*target)).unwrap();
+    let pairs = |images: [&dyn Image; 2]| {
+        images.map(|image| world.marks.read_pair(locked_descriptor(image).unwrap()).unwrap().is_some())
+    };
+    assert_eq!(pairs([&*opened.image, &*target]), [true, true]);
+    let untie = Untie::new(&ledger, &disk);
+    untie.know(&target);
+    let hangs = ledger.saving.lock();
+    untie.forget(&Error::new(ErrorKind::Failed, "the log's disk hangs"));
+    assert!(pairs([&*opened.image, &*target]).contains(&false), "untied somewhere before the guest goes on");
+    // Nor does anybody wait who only looks.
+    assert!(ledger.mirror("disk").is_some());
+    drop(hangs);
+}
+
+fn mirror_record(target: &dyn Image) -> MirrorRecord {
+    MirrorRecord {
+        job: "00112233445566778899aabbccddeeff".into(),
+        options: MirrorOptions::new("j", target.name()),
+        paused: false,
+        created_target: false,
+        target_identity: target.identity().unwrap(),
+        size_bytes: target.size_bytes(),
+        generation: 0,
+        raising: false,
+        source_marked: false,
+        target_marked: false,
+        source_stamp: Stamp::Running,
+        target_stamp: Stamp::Running,
+        compare: None,
+    }
 }
 
 #[test]

@@ -20,6 +20,8 @@ pub mod store;
 #[cfg(test)]
 mod tests;
 
+#[cfg(test)]
+pub(crate) use files::Step;
 pub use marks::{Mark, Marks};
 pub use pair::{Observation, PairMark, Stamp};
 pub use pulse::{Counts, Pulse};

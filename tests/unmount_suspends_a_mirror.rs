@@ -111,6 +111,32 @@ fn in_the_middle() {
 }
 
 #[test]
+fn to_go_on_wherever_the_image_is_mounted() {
+    let story = Story::new();
+    let mounted = story.mount();
+    mounted.mirror(&story.b, &["--speed", "4M"]);
+    mounted.wait_for("some to be copied", |volumes| volumes[0]["mirror"]["copied_bytes"].as_u64() >= Some(6 * MIB));
+    story.write(&mounted);
+    let (before, first_state) = (copied(&mounted), mounted.state_dir.clone());
+    mounted.unmount();
+    let marked = marked_regions(&first_state).expect("a log") * MIB;
+    // The target is no disk yet.
+    let a = story.a.to_str().expect("UTF-8");
+    Mount::of(&story.place, [&story.b]).named("wrong").attempt().refuses_naming(&[a]);
+    // A mount that fails takes nothing away, where there was one before too.
+    Mount::of(&story.place, [story.place.sparse("c.img", MIB)]).named("failing").start().unmount();
+    fs::create_dir(story.place.at("failing.sock")).expect("mkdir");
+    Mount::of(&story.place, [&story.a]).named("failing").attempt().refuses_naming(&["failing.sock"]);
+
+    let mounted = Mount::of(&story.place, [&story.a]).named("elsewhere").start();
+    wait_going_on(&mounted);
+    assert!(copied(&mounted) >= before, "{before}, {}", mounted.job());
+    assert_eq!(resumptions(&mounted.log(), "copied again"), [marked]);
+    assert_eq!(marked_regions(&first_state), None, "there is one record of it");
+    story.finish(mounted);
+}
+
+#[test]
 fn when_ready() {
     let story = Story::new();
     let mounted = story.mount();

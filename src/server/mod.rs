@@ -9,6 +9,7 @@
 mod backend;
 pub mod config;
 mod departure;
+mod elsewhere;
 mod heartbeat;
 mod jobs;
 mod ledger;

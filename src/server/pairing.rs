@@ -9,6 +9,7 @@
 //! ```
 
 use std::os::fd::BorrowedFd;
+use std::path::Path;
 use std::sync::{Weak, mpsc};
 use std::time::Duration;
 
@@ -150,7 +151,8 @@ impl Ledger {
             record.target_stamp = Stamp::Running;
         })?;
         let Some(record) = self.mirror(volume) else { return Ok(()) };
-        let mark = PairMark { job: record.job, generation: record.generation };
+        let state_dir = self.store.path().parent().map(Path::to_owned);
+        let mark = PairMark { job: record.job, generation: record.generation, state_dir };
         let source_marked = self.mark_pair(source, &mark)?;
         let target_marked = self.mark_pair(target, &mark)?;
         self.change_mirror(volume, |record| {

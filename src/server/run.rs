@@ -15,6 +15,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use super::backend::Server;
 use super::config::MountConfig;
 use super::departure::Departure;
+use super::elsewhere::{TakenOver, take_over};
 use super::ledger::{Ledger, parking_name};
 use super::opening::{OpenedVolume, open_again, open_first};
 use super::pairing::look_at_source;
@@ -52,14 +53,18 @@ pub fn main() -> u8 {
 fn serve(link: &Arc<KeeperLink>) -> Result<()> {
     let start = link.receive_start()?;
     let (config, first) = (start.config.clone(), start.first);
-    let (ledger, opened, new_state) = prepare(link, start)?;
+    let Prepared { ledger, opened, new_state, taken_over } = prepare(link, start)?;
     let mut targets = Vec::new();
     let mut volumes = Vec::new();
     for mut one in opened {
         targets.push(one.parked_target.take());
         volumes.push(volume(&config, one));
     }
-    let result = run(link, &config, ledger, volumes, targets, first);
+    let mut taken_over = first.then_some(taken_over);
+    let result = run(link, &config, ledger.clone(), volumes, targets, &mut taken_over);
+    if let Some(taken_over) = taken_over {
+        taken_over.give_back(&ledger);
+    }
     if result.is_err() && new_state {
         // Nothing was ever mounted there: no trace stays.
         let _ = Store::open_existing(&config.state_dir, nix::unistd::geteuid().as_raw())
@@ -69,8 +74,17 @@ fn serve(link: &Arc<KeeperLink>) -> Result<()> {
     result
 }
 
-/// Opens everything and writes the record. True: there was no record before, and nothing is mounted yet.
-pub(super) fn prepare(link: &Arc<KeeperLink>, start: Start) -> Result<(Arc<Ledger>, Vec<OpenedVolume>, bool)> {
+/// What is opened and recorded before anything is mounted.
+pub(super) struct Prepared {
+    ledger: Arc<Ledger>,
+    opened: Vec<OpenedVolume>,
+    /// There was no record before, and nothing is mounted yet.
+    new_state: bool,
+    taken_over: TakenOver,
+}
+
+/// Opens everything and writes the record.
+pub(super) fn prepare(link: &Arc<KeeperLink>, start: Start) -> Result<Prepared> {
     let Start { config, parked, restarts, last_exit, first, .. } = start;
     let marks = Marks::new()?;
     let owner = nix::unistd::geteuid().as_raw();
@@ -103,7 +117,16 @@ pub(super) fn prepare(link: &Arc<KeeperLink>, start: Start) -> Result<(Arc<Ledge
         Some(store) => store,
         None => Store::open(&config.state_dir)?.claim()?,
     };
+    let new_state = first && recorded.is_none();
+    let mut taken_over = TakenOver::default();
     if !config.read_only {
+        if first {
+            taken_over = take_over(&mut opened, &store, &marks, config.force).inspect_err(|_| {
+                if new_state {
+                    let _ = std::fs::remove_dir(&config.state_dir);
+                }
+            })?;
+        }
         look_at_pairs(&mut opened, &store, &marks);
     }
     let state = MountState {
@@ -112,7 +135,6 @@ pub(super) fn prepare(link: &Arc<KeeperLink>, start: Start) -> Result<(Arc<Ledge
         last_exit,
         volumes: opened.iter().map(|one| one.state.clone()).collect(),
     };
-    let new_state = first && recorded.is_none();
     if first {
         store.remove_leftovers();
     }
@@ -120,6 +142,7 @@ pub(super) fn prepare(link: &Arc<KeeperLink>, start: Start) -> Result<(Arc<Ledge
     match ledger.change(|_| ()) {
         Err(error) if first => {
             if new_state {
+                ledger.store.remove_intent_logs_but(&[]);
                 let _ = std::fs::remove_dir(&config.state_dir);
             }
             return Err(error.advise("the state directory must be writable, see --state-dir"));
@@ -145,7 +168,7 @@ pub(super) fn prepare(link: &Arc<KeeperLink>, start: Start) -> Result<(Arc<Ledge
             }
         }
     }
-    Ok((ledger, opened, new_state))
+    Ok(Prepared { ledger, opened, new_state, taken_over })
 }
 
 /// Whether sources of unfinished mirrors are as they were left: looked at before anybody uses them (rule 11).
@@ -185,11 +208,11 @@ fn run(
     ledger: Arc<Ledger>,
     volumes: Vec<Arc<Volume>>,
     targets: Vec<Option<OwnedFd>>,
-    first: bool,
+    taken_over: &mut Option<TakenOver>,
 ) -> Result<()> {
     let server = Server::new(config.clone(), volumes.clone(), ledger, Departure::new(link.clone()));
     if !config.read_only {
-        server.find_unfinished(targets, first);
+        server.find_unfinished(targets, taken_over.is_some());
     }
     let control = ControlServer::start(&config.control, server.clone())?;
     let connection = link.opened()?;
@@ -201,6 +224,9 @@ fn run(
     link.watch(move || publish(&published));
     link.serving(&server.disks())?;
     log::info!("serving {}", config.mountpoint.display());
+    if let Some(taken_over) = taken_over.take() {
+        taken_over.forget_elsewhere();
+    }
     if !config.read_only {
         volumes.iter().for_each(|volume| server.ledger.renew_marks(volume));
         server.go_on()?;

@@ -9,6 +9,7 @@
 //! Where a change by others cannot be excluded (a block device has no such times) nothing is trusted: everything is compared.
 
 use std::os::fd::BorrowedFd;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -50,6 +51,9 @@ pub struct PairMark {
     pub job: String,
     /// Raised at every start, resume and clean stop.
     pub generation: u64,
+    /// The state directory that knows the mirror: the image may be mounted at another place.
+    #[serde(default)]
+    pub state_dir: Option<PathBuf>,
 }
 
 impl Observation {

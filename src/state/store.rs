@@ -118,6 +118,18 @@ impl Store {
         self.directory.path_of(&format!("{INTENT_PREFIX}{job}"))
     }
 
+    /// Takes a copy of the intent log of job `job` from `other`, durably. Without one everything counts as marked.
+    ///
+    /// # Errors
+    /// It cannot be read or written.
+    pub fn take_intent_log(&self, other: &Store, job: &str) -> Result<()> {
+        let name = format!("{INTENT_PREFIX}{job}");
+        match other.directory.read(&name)? {
+            Some(bytes) => Ok(self.directory.stage(&name, &bytes)?.commit()?),
+            None => Ok(()),
+        }
+    }
+
     /// Removes the intent logs of other jobs than `jobs`: what a crash left.
     pub fn remove_intent_logs_but(&self, jobs: &[String]) {
         for name in self.directory.names().unwrap_or_default() {
@@ -129,13 +141,14 @@ impl Store {
         }
     }
 
-    /// Forgets the mount: removes the record, durably. Nothing to do if there is none.
+    /// Forgets the mount: removes the record and all that belongs to it, durably. Nothing to do if there is none.
     ///
     /// # Errors
     /// It cannot be removed.
     pub fn remove(&self) -> Result<()> {
         let mut commits = self.commits.lock();
         *commits += 1;
+        self.remove_intent_logs_but(&[]);
         self.directory.remove(pulse::FILE_NAME)?;
         self.directory.remove(FILE_NAME)
     }

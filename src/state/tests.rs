@@ -336,7 +336,7 @@ fn unfinished() -> MirrorRecord {
 #[test]
 fn an_image_of_another_generation_or_mirror_is_not_the_one_that_was_paired() {
     let record = unfinished();
-    let mark = |generation| PairMark { job: record.job.clone(), generation };
+    let mark = |generation| PairMark { job: record.job.clone(), generation, state_dir: None };
     assert_eq!(record.mismatch(true, Some(&mark(7))), None);
     for other in [6, 8] {
         assert!(record.mismatch(true, Some(&mark(other))).is_some(), "generation {other}");
@@ -344,7 +344,7 @@ fn an_image_of_another_generation_or_mirror_is_not_the_one_that_was_paired() {
     let raising = MirrorRecord { raising: true, ..record.clone() };
     assert_eq!(raising.mismatch(true, Some(&mark(6))), None, "a server died while it raised it");
     assert!(raising.mismatch(true, Some(&mark(5))).is_some());
-    let foreign = PairMark { job: "2".repeat(32), generation: 7 };
+    let foreign = PairMark { job: "2".repeat(32), generation: 7, state_dir: None };
     assert!(record.mismatch(true, Some(&foreign)).is_some());
     assert!(record.mismatch(true, None).is_some(), "an image without its mark");
     assert_eq!(record.mismatch(false, None), None, "where there are no attributes the times speak alone");

@@ -69,6 +69,9 @@ pub struct MirrorArguments {
     /// The longest that a request of the guest waits for the target; past it the target gets the change later.
     #[arg(long, value_name = "DURATION", value_parser = units::parse_duration, default_value = "2s")]
     max_guest_delay: Duration,
+    /// Copies the data also where TARGET could share the source's blocks (on one XFS or btrfs): a second copy, on its own blocks.
+    #[arg(long)]
+    no_reflink: bool,
     /// Forgets a mirror of this disk that is unfinished, and starts from the beginning.
     #[arg(long)]
     restart: bool,
@@ -152,6 +155,7 @@ impl MirrorArguments {
         put("existing", self.existing.into());
         let delay_ms = u64::try_from(self.max_guest_delay.as_millis()).unwrap_or(u64::MAX);
         put("max-guest-delay-ms", signed(delay_ms, "--max-guest-delay")?);
+        put("reflink", (!self.no_reflink).into());
         if let Some(format) = &self.format {
             put("format", format.as_str().into());
         }

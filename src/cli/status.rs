@@ -302,6 +302,12 @@ fn table(status: &MountStatus) -> String {
                 units::size(job.source_allocated_bytes),
                 units::size(job.target_allocated_bytes)
             ));
+            if job.shared_bytes > 0 {
+                lines.push(format!(
+                    "                 shares {} with the source: no second copy (see --no-reflink)",
+                    units::size(job.shared_bytes)
+                ));
+            }
             if let Some(error) = &job.last_error {
                 lines.push(format!("                 last error: {error}"));
             }

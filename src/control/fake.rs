@@ -173,6 +173,7 @@ impl Backend for Fake {
             zeroed_bytes: 0,
             discarded_bytes: 0,
             skipped_bytes: 0,
+            shared_bytes: 0,
             source_allocated_bytes: 0,
             target_allocated_bytes: 0,
             dirty_bytes_per_second: 0,

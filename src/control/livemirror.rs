@@ -3,7 +3,7 @@
 //! | command | arguments | return |
 //! |---|---|---|
 //! | `livemirror-status` | | [`MountStatus`](super::backend::MountStatus) |
-//! | `livemirror-mirror` | `device`, `target`, [`job-id`, `format`, `existing`, `speed`, `granularity`, `buf-size`, `on-source-error`, `on-target-error`, `copy-mode`, `max-guest-delay-ms`, `dry-run`] | `{}`; with `dry-run` [`MirrorPlan`](super::backend::MirrorPlan) |
+//! | `livemirror-mirror` | `device`, `target`, [`job-id`, `format`, `existing`, `speed`, `granularity`, `buf-size`, `on-source-error`, `on-target-error`, `copy-mode`, `max-guest-delay-ms`, `reflink`, `dry-run`] | `{}`; with `dry-run` [`MirrorPlan`](super::backend::MirrorPlan) |
 //! | `livemirror-cutover` | [`devices`, `max-pause-ms`, `patience-ms`] | list of [`CutoverReport`](super::backend::CutoverReport) |
 //! | `livemirror-finish` | `device` | `{}`; `not-now` unless ready |
 //! | `livemirror-cancel` | `device`, [`keep`] | `{}` |
@@ -44,6 +44,9 @@ pub(super) fn mirror(backend: &dyn Backend, mut arguments: Arguments) -> Answer 
         job.options.copy_mode = mode;
     }
     job.options.existing = arguments.flag("existing")?.unwrap_or(false);
+    if let Some(reflink) = arguments.flag("reflink")? {
+        job.options.reflink = reflink;
+    }
     if let Some(delay_ms) = arguments.size("max-guest-delay-ms")? {
         job.options.max_guest_delay = Duration::from_millis(delay_ms);
     }

@@ -138,7 +138,10 @@ pub struct Room {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CopyOffer {
     /// The range was copied, without its bytes passing through our memory.
-    Copied,
+    Copied {
+        /// How long the source's writers were kept out.
+        held: std::time::Duration,
+    },
     /// This pair of images cannot: read and write.
     Declined,
 }
@@ -261,11 +264,11 @@ pub trait Image: Send + Sync + fmt::Debug {
     /// When the store does not tell.
     fn identity(&self) -> Result<Identity>;
 
-    /// Offers to copy `range` from `source` without the bytes passing through our memory. No image of this version does; the seam
-    /// is there for those that share a file system.
+    /// Offers to copy `range` from the same range of `source` without the bytes passing through our memory: raw files on one file system
+    /// share blocks where it can (reflink). `range` is made of whole blocks of 64 KiB.
     ///
     /// # Errors
-    /// As [`Image::write_at`]. An image that cannot answers [`CopyOffer::Declined`].
+    /// As [`Image::write_at`]. A pair of images that cannot answers [`CopyOffer::Declined`], and nothing has changed.
     fn copy_range_from(&self, _source: &dyn Image, _range: ByteRange) -> Result<CopyOffer> {
         Ok(CopyOffer::Declined)
     }

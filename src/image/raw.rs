@@ -7,6 +7,7 @@
 //! discard:      PUNCH_HOLE, else unsupported
 //! allocate:     fallocate,  else unsupported
 //! extent_at:    SEEK_DATA and SEEK_HOLE, else all data
+//! copy_range_from: FICLONERANGE, else declined
 //! ```
 //!
 //! `extent_within` asks SEEK_DATA only: tmpfs answers SEEK_HOLE by a walk over each page of the data.
@@ -16,7 +17,7 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use nix::errno::Errno;
 use nix::fcntl::FallocateFlags;
@@ -25,9 +26,10 @@ use nix::unistd::{Whence, lseek};
 use super::file_io::FileIo;
 use super::open::Opened;
 use super::zeroing::{Ability, Tried};
-use super::{Attributes, DescriptorRole, Extent, ExtentStatus, Format, Identity, Image, Properties, Room};
+use super::{Attributes, CopyOffer, DescriptorRole, Extent, ExtentStatus, Format, Identity, Image, Properties, Room};
 use crate::error::{Error, ErrorKind, Result};
 use crate::range::ByteRange;
+use crate::sys::files;
 
 /// The xattr that holds an image's random id.
 pub(super) const ID_ATTRIBUTE: &std::ffi::CStr = c"user.livemirror.id";
@@ -42,6 +44,7 @@ pub(super) struct RawImage {
     zero_range: Ability,
     fallocate: Ability,
     seek: Ability,
+    clone: Ability,
 }
 
 impl RawImage {
@@ -56,6 +59,7 @@ impl RawImage {
             zero_range: Ability::default(),
             fallocate: Ability::default(),
             seek: Ability::default(),
+            clone: Ability::default(),
         })
     }
 
@@ -229,7 +233,7 @@ impl Image for RawImage {
 
     fn identity(&self) -> Result<Identity> {
         let meta = self.io.file().metadata().map_err(self.cannot("look at"))?;
-        let id = crate::sys::files::extended_attribute(self.io.file(), ID_ATTRIBUTE)
+        let id = files::extended_attribute(self.io.file(), ID_ATTRIBUTE)
             .map_err(self.cannot("read the identity of"))?
             .and_then(|value| String::from_utf8(value).ok());
         let birth = meta.created().ok().and_then(|time| time.duration_since(SystemTime::UNIX_EPOCH).ok());
@@ -240,6 +244,29 @@ impl Image for RawImage {
             birth_ns: birth.and_then(|time| u64::try_from(time.as_nanos()).ok()),
             size_bytes: self.size_bytes(),
         })
+    }
+
+    fn copy_range_from(&self, source: &dyn Image, range: ByteRange) -> Result<CopyOffer> {
+        let locked = source.descriptors().into_iter().find(|(role, _)| *role == DescriptorRole::Locked);
+        let (Format::Raw, Some((_, file))) = (source.format(), locked) else { return Ok(CopyOffer::Declined) };
+        if !self.clone.is_likely() {
+            return Ok(CopyOffer::Declined);
+        }
+        // Before the file system does it with the source's writers locked out. What fails here fails there, and is told there.
+        let _ = files::write_out(file, range);
+        let mut held = Duration::ZERO;
+        let share = || {
+            let begun = Instant::now();
+            let done = files::clone_range(file, self.io.file(), range);
+            held = begun.elapsed();
+            // Another file system: no other request will be another matter.
+            done.map_err(|errno| if errno == Errno::EXDEV { Errno::EOPNOTSUPP } else { errno })
+        };
+        match self.io.change("share blocks with the source in", range, || self.clone.attempt(share))? {
+            Tried::Done => Ok(CopyOffer::Copied { held }),
+            Tried::Refused => Ok(CopyOffer::Declined),
+            Tried::Failed(error) => Err(self.io.failed("share blocks with the source in", range, &error)),
+        }
     }
 
     fn descriptors(&self) -> Vec<(DescriptorRole, BorrowedFd<'_>)> {

@@ -1,7 +1,8 @@
 //! The copiers: claim, look, read, write.
 //!
 //! ```text
-//! budget in hand -> claim (bits cleared, rule 3) -> ask for extents -> Data: read, leave out zero blocks, write
+//! budget in hand -> claim (bits cleared, rule 3) -> share blocks, where that is possible (`share`)
+//!                                                -> ask for extents -> Data: read, leave out zero blocks, write
 //!                                                                  -> hole: free or zero the target
 //!                -> finish,  or drop (marked again) on any error
 //! ```
@@ -11,6 +12,7 @@
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 
 use super::job::{Job, Live};
+use super::share::share;
 use super::types::Operation;
 use crate::dirty::Claim;
 use crate::error::Error;
@@ -41,10 +43,12 @@ pub(super) fn run(job: &Job, live: &Live) {
         if !job.pacer.acquire(piece, || job.must_yield()) {
             continue;
         }
+        let mut turn = job.sharing.turn(job);
         let resumes = job.counters.resumes.load(SeqCst);
         let cursor = job.counters.cursor.load(Relaxed);
         let Some(mut claim) = live.map.claim(Granule(cursor), (piece / granularity) as u32) else {
             job.pacer.refund(piece);
+            drop(turn);
             live.map.wait_for_work(None, || job.must_yield());
             continue;
         };
@@ -58,7 +62,12 @@ pub(super) fn run(job: &Job, live: &Live) {
         }
         let first = claim.range().start();
         let mut data_bytes = 0;
-        let result = copy_claim(job, live, &mut claim, (&mut buffer, &mut held), &mut data_bytes);
+        let shared_bytes = turn.as_mut().and_then(|turn| share(job, live, &mut claim, turn));
+        drop(turn);
+        let result = match shared_bytes {
+            Some(_) => Ok(()),
+            None => copy_claim(job, live, &mut claim, (&mut buffer, &mut held), &mut data_bytes),
+        };
         let next = live.map.granularity().granule_of(claim.range().end()).0;
         job.counters.cursor.store(next, Relaxed);
         if live.map.granularity().granule_of(first).0 < cursor {
@@ -68,7 +77,7 @@ pub(super) fn run(job: &Job, live: &Live) {
         match result {
             Ok(()) => {
                 claim.finish();
-                job.counters.copied.fetch_add(data_bytes, Relaxed);
+                job.counters.copied.fetch_add(data_bytes + shared_bytes.unwrap_or(0), Relaxed);
                 if careful {
                     let _ = job.counters.careful.fetch_update(Relaxed, Relaxed, |left| left.checked_sub(1));
                 }

@@ -32,7 +32,8 @@ impl Job {
             // Never 100 % while anything is dirty or unknown.
             remaining = live.map.granularity().bytes();
         }
-        state.drain.sample(copied_bytes);
+        // Of what was shared nothing follows for what must be copied.
+        state.drain.sample(copied_bytes.saturating_sub(self.sharing.shared_bytes()));
         state.dirtying.sample(dirtied);
         let gain = state.drain.bytes_per_second().saturating_sub(state.dirtying.bytes_per_second());
         let eta_seconds = match (state.ready, gain) {
@@ -54,6 +55,7 @@ impl Job {
             in_flight_bytes,
             zeroed_bytes: self.counters.zeroed.load(Relaxed),
             discarded_bytes: self.counters.discarded.load(Relaxed),
+            shared_bytes: self.sharing.shared_bytes(),
             skipped_bytes: self.counters.skipped.load(Relaxed),
             source_allocated_bytes: live.source.allocated_bytes().unwrap_or(0),
             target_allocated_bytes: live.target.image().allocated_bytes().unwrap_or(0),

@@ -13,6 +13,7 @@ use std::time::Instant;
 use super::cutover::Cutovers;
 use super::events::EventHub;
 use super::pace::{Pacer, RateMeter};
+use super::share::Sharing;
 use super::start::Resumed;
 use super::types::{CopyMode, IoStatus, JobEvent, JobInfo, JobProgress, JobStatus, LastMirror, MirrorOptions};
 use crate::dirty::{DirtyMap, IntentLog};
@@ -39,6 +40,7 @@ pub struct Job {
     /// The durable shadow of the dirty map, where the job can be resumed.
     pub(super) intent: Option<Arc<IntentLog>>,
     pub(super) pacer: Pacer,
+    pub(super) sharing: Sharing,
     pub(super) counters: Counters,
     pub(super) state: Mutex<State>,
     pub(super) changed: Condvar,

@@ -7,6 +7,7 @@ use super::cutover::Cutovers;
 use super::events::EventHub;
 use super::job::{Counters, Job, JobObserver, Live, State, Wish};
 use super::pace::{Pacer, RateMeter};
+use super::share::Sharing;
 use super::supervise;
 use super::types::{CopyMode, IoStatus, JobEvent, JobStatus, MirrorOptions};
 use crate::dirty::{DirtyMap, IntentLog};
@@ -110,6 +111,7 @@ pub fn start(options: MirrorOptions, setting: Setting, register: impl FnOnce(&Ar
         observer,
         created_target,
         pacer: Pacer::new(options.speed_bytes_per_second),
+        sharing: Sharing::new(options.reflink),
         counters: Counters::from(resumed.unwrap_or_default()),
         fresh_target: created_target && resumed.is_none(),
         comparing: resumed.is_some_and(|resumed| resumed.compare),

@@ -119,10 +119,17 @@ pub struct MirrorOptions {
     pub on_target_error: ErrorPolicy,
     /// How long a guest's request waits for the target, or for the intent log, at most.
     pub max_guest_delay: Duration,
+    /// Share the source's blocks where both images lie on a file system that can.
+    #[serde(default = "yes")]
+    pub reflink: bool,
     /// False: a job told to complete waits in `pending` for `finalize`.
     pub auto_finalize: bool,
     /// False: a job that ended stays in `concluded` until `dismiss`.
     pub auto_dismiss: bool,
+}
+
+fn yes() -> bool {
+    true
 }
 
 impl MirrorOptions {
@@ -140,6 +147,7 @@ impl MirrorOptions {
             on_source_error: ErrorPolicy::Report,
             on_target_error: ErrorPolicy::Enospc,
             max_guest_delay: MAX_GUEST_DELAY,
+            reflink: true,
             auto_finalize: true,
             auto_dismiss: true,
         }
@@ -190,6 +198,9 @@ pub struct JobInfo {
     pub discarded_bytes: u64,
     /// Holes that needed nothing, the target being known to be zero there.
     pub skipped_bytes: u64,
+    /// Of `copied_bytes`: what shares the source's blocks and so is no second copy.
+    #[serde(default)]
+    pub shared_bytes: u64,
     /// What the source takes up.
     pub source_allocated_bytes: u64,
     /// What the target takes up.

@@ -35,6 +35,10 @@ pub(super) fn plan(
         Place::Free => "created sparse; data is copied, holes stay holes",
         Place::Taken => "data is copied into what is there, holes are freed or zeroed",
     };
+    let method = match options.reflink && may_share(&*source, directory) {
+        true => format!("{method}; the data's blocks are shared with the source (no second copy, see --no-reflink)"),
+        false => method.to_owned(),
+    };
     let speed = match (options.speed_bytes_per_second, read_per_second) {
         (0, measured) => measured,
         (limit, None) => Some(limit),
@@ -45,9 +49,18 @@ pub(super) fn plan(
         data_bytes,
         size_bytes: volume.size_bytes(),
         available_bytes,
-        method: method.to_owned(),
+        method,
         expected_seconds: speed.filter(|speed| *speed > 0).map(|speed| data_bytes.div_ceil(speed)),
     })
+}
+
+/// True if the source lies on the same file system as `directory`, of a kind that shares blocks.
+fn may_share(source: &dyn Image, directory: &Path) -> bool {
+    use nix::sys::statfs::{BTRFS_SUPER_MAGIC, XFS_SUPER_MAGIC, statfs};
+    let device = |path: &Path| nix::sys::stat::stat(path).map(|status| status.st_dev);
+    let same = |path: &Path| device(path).is_ok_and(|source| device(directory) == Ok(source));
+    let kind = statfs(directory).map(|fs| fs.filesystem_type());
+    source.path().is_some_and(|path| same(&path)) && matches!(kind, Ok(BTRFS_SUPER_MAGIC | XFS_SUPER_MAGIC))
 }
 
 /// Counts the data of `image` and reads a sample of it; returns bytes of data, and bytes per second if any was read.

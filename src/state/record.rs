@@ -124,6 +124,7 @@ impl MirrorRecord {
             zeroed_bytes: counts.zeroed,
             discarded_bytes: counts.discarded,
             skipped_bytes: counts.skipped,
+            shared_bytes: 0,
             source_allocated_bytes: 0,
             target_allocated_bytes: 0,
             dirty_bytes_per_second: 0,

@@ -13,7 +13,7 @@
 use super::Change;
 use crate::dirty::DirtyMap;
 use crate::error::Result;
-use crate::image::Image;
+use crate::image::{CopyOffer, Image};
 use crate::range::{ByteRange, Granularity, Granule};
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use crate::sync::{Arc, Mutex, RwLock};
@@ -95,6 +95,18 @@ impl Target {
         self.note(change.range());
         let result = change.apply(&*self.image);
         self.note(change.range());
+        result
+    }
+
+    /// Makes `range` of the target share the blocks of `source`, if the two images can.
+    ///
+    /// # Errors
+    /// The image's; what the range holds is then unknown.
+    pub fn share(&self, source: &dyn Image, range: ByteRange) -> Result<CopyOffer> {
+        self.writes.fetch_add(1, SeqCst);
+        self.note(range);
+        let result = self.image.copy_range_from(source, range);
+        self.note(range);
         result
     }
 

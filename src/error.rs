@@ -32,6 +32,8 @@ pub enum ErrorKind {
     ReadOnly,
     /// A stored record is damaged or unknown.
     Corrupt,
+    /// Two images that should be the same are not (exit code 4).
+    Different,
     /// Anything else: input/output errors among them.
     Failed,
 }
@@ -131,15 +133,16 @@ impl Error {
             ErrorKind::Unsupported => libc::EOPNOTSUPP,
             ErrorKind::NoSpace => libc::ENOSPC,
             ErrorKind::ReadOnly => libc::EROFS,
-            ErrorKind::Superseded | ErrorKind::Corrupt | ErrorKind::Failed => libc::EIO,
+            ErrorKind::Superseded | ErrorKind::Corrupt | ErrorKind::Different | ErrorKind::Failed => libc::EIO,
         })
     }
 
-    /// The exit code of the command that ends with it : 1 failed, 2 wrong usage, 3 not now.
+    /// The exit code of the command that ends with it : 1 failed, 2 wrong usage, 3 not now, 4 images differ.
     pub fn exit_code(&self) -> u8 {
         match self.0.kind {
             ErrorKind::Usage => 2,
             ErrorKind::NotNow => 3,
+            ErrorKind::Different => 4,
             _ => 1,
         }
     }

@@ -255,7 +255,7 @@ fn status_list_and_dry_run_change_nothing() {
     let guest = &mounted.volume()["guest"];
     assert!(guest["read_bytes"].is_u64() && guest["written_bytes"].is_u64(), "{guest}");
     let before = place.inventory().len();
-    mounted.verb("verify", [] as [&str; 0]).refuses_naming(&["verify"]);
+    mounted.verb("verify", [] as [&str; 0]).refuses_naming(&["mirror"]);
     assert_eq!(place.inventory().len(), before);
     mounted.unmount();
     assert!(leftovers::runtime_files(&place.at("mnt")).is_empty());

@@ -140,7 +140,7 @@ mod tests {
             "mount --volume name=a,source=/b,format=raw --volume source=/c /mnt/vm --pidfile p --control c --state-dir s",
             "mount a.img /mnt/vm --log-file l --follow",
             "mirror /mnt/vm /new --format raw --copy-mode write-blocking --granularity 64K --speed 1G --buffer 32M --wait",
-            "mirror /mnt/vm /new --on-source-error stop --on-target-error ignore --existing --restart --dry-run",
+            "mirror /mnt/vm /new --on-source-error stop --on-target-error ignore --existing --restart --dry-run --no-reflink",
             "status",
             "status /mnt/vm --json --watch",
             "cutover /mnt/vm --max-pause 20ms --timeout 1h",

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
 use crate::mirror::types::{CancelMode, CopyMode, JobEvent, JobInfo, LastMirror, MirrorOptions};
+use crate::mirror::verify::Verified;
 
 /// The guest's own traffic.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -186,6 +187,12 @@ pub trait Backend: Send + Sync + 'static {
     /// # Errors
     /// `NotNow`: not ready yet, or the pause would not have sufficed; nothing changed. `NotFound`: no mirror there.
     fn cutover(&self, request: &CutoverRequest) -> Result<Vec<CutoverReport>>;
+
+    /// Compares both images of the mirror of `device` from a byte on, for a while.
+    ///
+    /// # Errors
+    /// See [`crate::mirror::verify::step`]. `NotFound`: no mirror there.
+    fn verify(&self, device: &str, from: u64) -> Result<Verified>;
 
     /// Unmounts. With `abort` the connection is ended even when the disks are in use.
     ///

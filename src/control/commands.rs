@@ -65,6 +65,7 @@ static COMMANDS: &[Command] = &[
     plain("livemirror-status", livemirror::status),
     plain("livemirror-mirror", livemirror::mirror),
     plain("livemirror-cutover", livemirror::cutover),
+    plain("livemirror-verify", livemirror::verify),
     verb("livemirror-finish", livemirror::finish),
     verb("livemirror-cancel", livemirror::cancel),
     plain("livemirror-unmount", livemirror::unmount),

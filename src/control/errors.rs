@@ -88,6 +88,7 @@ fn kind_name(kind: ErrorKind) -> &'static str {
         ErrorKind::NoSpace => "no-space",
         ErrorKind::ReadOnly => "read-only",
         ErrorKind::Corrupt => "corrupt",
+        ErrorKind::Different => "different",
         ErrorKind::Failed => "failed",
     }
 }
@@ -104,6 +105,7 @@ fn kind_from_name(name: &str) -> ErrorKind {
         ErrorKind::NoSpace,
         ErrorKind::ReadOnly,
         ErrorKind::Corrupt,
+        ErrorKind::Different,
     ]
     .into_iter()
     .find(|&kind| kind_name(kind) == name)

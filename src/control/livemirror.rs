@@ -5,6 +5,7 @@
 //! | `livemirror-status` | | [`MountStatus`](super::backend::MountStatus) |
 //! | `livemirror-mirror` | `device`, `target`, [`job-id`, `format`, `existing`, `speed`, `granularity`, `buf-size`, `on-source-error`, `on-target-error`, `copy-mode`, `max-guest-delay-ms`, `reflink`, `dry-run`] | `{}`; with `dry-run` [`MirrorPlan`](super::backend::MirrorPlan) |
 //! | `livemirror-cutover` | [`devices`, `max-pause-ms`, `patience-ms`] | list of [`CutoverReport`](super::backend::CutoverReport) |
+//! | `livemirror-verify` | `device`, [`from`] | [`Verified`](crate::mirror::verify::Verified) |
 //! | `livemirror-finish` | `device` | `{}`; `not-now` unless ready |
 //! | `livemirror-cancel` | `device`, [`keep`] | `{}` |
 //! | `livemirror-unmount` | [`abort`] | `{}` |
@@ -75,6 +76,14 @@ pub(super) fn cutover(backend: &dyn Backend, mut arguments: Arguments) -> Answer
         patience: Duration::from_millis(patience_ms).min(PATIENCE_MAX),
     };
     to_value(&backend.cutover(&request)?)
+}
+
+pub(super) fn verify(backend: &dyn Backend, mut arguments: Arguments) -> Answer {
+    let device = arguments.string("device")?;
+    let from = arguments.size("from")?.unwrap_or(0);
+    arguments.finish()?;
+    check_device(backend, &device)?;
+    to_value(&backend.verify(&device, from)?)
 }
 
 pub(super) fn finish(backend: &dyn Backend, mut arguments: Arguments) -> Answer {

@@ -44,7 +44,7 @@ pub struct WireError {
     advice: Option<String>,
 }
 
-const KINDS: [(ErrorKind, &str); 11] = [
+const KINDS: [(ErrorKind, &str); 12] = [
     (ErrorKind::Usage, "usage"),
     (ErrorKind::NotNow, "not-now"),
     (ErrorKind::Locked, "locked"),
@@ -55,6 +55,7 @@ const KINDS: [(ErrorKind, &str); 11] = [
     (ErrorKind::NoSpace, "no-space"),
     (ErrorKind::ReadOnly, "read-only"),
     (ErrorKind::Corrupt, "corrupt"),
+    (ErrorKind::Different, "different"),
     (ErrorKind::Failed, "failed"),
 ];
 

@@ -22,6 +22,7 @@ mod states;
 mod supervise;
 pub mod types;
 mod verbs;
+pub mod verify;
 
 pub use info::describe;
 pub use start::{Resumed, Setting, default_granularity, start};

@@ -3,7 +3,7 @@
 use super::config::{Layout, MountConfig};
 use super::departure::Departure;
 use super::heartbeat::Heartbeat;
-use super::jobs::Jobs;
+use super::jobs::{Jobs, has_ended};
 use super::ledger::{Ledger, LedgerCommitter};
 use super::plan;
 use super::unfinished::Unfinished;
@@ -16,6 +16,7 @@ use crate::mirror::cutover::{Cutovers, Ending};
 use crate::mirror::events::EventHub;
 use crate::mirror::job::Job;
 use crate::mirror::types::{CancelMode, CopyMode, JobEvent, JobInfo, MirrorOptions};
+use crate::mirror::verify::{self, Verified};
 use crate::state::MirrorRecord;
 use crate::sync::{Arc, Mutex};
 use crate::volume::Volume;
@@ -315,6 +316,19 @@ impl Backend for Server {
             return Err(error.advise("'livemirror mirror DISK TARGET' starts one"));
         }
         self.cut_over(&jobs, request)
+    }
+
+    fn verify(&self, device: &str, from: u64) -> Result<Verified> {
+        let volume = self.volume(device)?;
+        let job = self.jobs.all().into_iter().find(|job| Arc::ptr_eq(job.volume(), volume) && !has_ended(job.status()));
+        let job = job.ok_or_else(|| {
+            let error = match self.unfinished.lock().iter().any(|left| Arc::ptr_eq(&left.volume, volume)) {
+                true => Error::not_now("the mirror waits for its target:"),
+                false => Error::new(ErrorKind::NotFound, "there is no mirror of"),
+            };
+            error.on(volume.name())
+        })?;
+        verify::step(&job, from)
     }
 
     fn unmount(&self, abort: bool) -> Result<()> {

@@ -4,6 +4,7 @@ mod converges;
 mod cuts_over;
 mod ends;
 mod meets_errors;
+mod verifies;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::time::{Duration, Instant};

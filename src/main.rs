@@ -10,7 +10,8 @@ fn main() -> ExitCode {
     let words: Vec<_> = std::env::args_os().skip(1).collect();
     let verb = words.first().and_then(|verb| verb.to_str()).unwrap_or_default();
     // What runs unattended logs its doings; a command says only what its user must know.
-    let level = if verb.starts_with("internal-") { "info" } else { "error" };
+    let unattended = verb.starts_with("internal-") || (verb == "mount" && std::env::var_os("NOTIFY_SOCKET").is_some());
+    let level = if unattended { "info" } else { "error" };
     env_logger::Builder::from_env(env_logger::Env::new().filter_or("LIVEMIRROR_LOG", level)).init();
     if verb == fuse::VERB_SERVER {
         return ExitCode::from(livemirror::server::main());

@@ -86,6 +86,9 @@ impl Arguments {
     /// # Errors
     /// Whatever kept the disks from being mounted; then nothing is left behind.
     pub fn run(self) -> Result<()> {
+        if let Some(left) = launch::find_kept()? {
+            return left.go_on();
+        }
         let config = self.config()?;
         if config.foreground {
             return launch::run_foreground(&config, print);

@@ -41,6 +41,8 @@ pub struct Start {
     pub first: bool,
     /// The keeper's process id.
     pub keeper_pid: u32,
+    /// A service manager keeps all that the keeper keeps, and starts the next one: SIGTERM means to leave without unmounting.
+    pub kept_by_manager: bool,
 }
 
 /// The live connection to the kernel.
@@ -76,6 +78,8 @@ pub(super) struct Kept {
     /// The record of requests under way.
     pub(super) flights: Option<OwnedFd>,
     crashed: bool,
+    /// So does a service manager, and it starts the next keeper.
+    pub(super) by_manager: bool,
 }
 
 impl KeeperLink {
@@ -126,8 +130,8 @@ impl KeeperLink {
     /// # Errors
     /// The keeper is gone.
     pub fn receive_start(&self) -> Result<Start> {
-        let (ToServer::Start { config, first, restarts, last_exit, parked: count, crashed }, flights) =
-            self.receive()?
+        let (start, flights) = self.receive()?;
+        let ToServer::Start { config, first, restarts, last_exit, parked: count, crashed, kept_by_manager } = start
         else {
             return Err(unexpected());
         };
@@ -140,11 +144,11 @@ impl KeeperLink {
         }
         let mut kept = self.kept.lock();
         (kept.config, kept.restarts, kept.last_exit) = (Some(config.clone()), restarts, last_exit.clone());
-        (kept.flights, kept.crashed) = (flights, crashed);
+        (kept.flights, kept.crashed, kept.by_manager) = (flights, crashed, kept_by_manager);
         for (volume, role, descriptor) in &parked {
             kept.park(volume, *role, descriptor.as_fd())?;
         }
-        Ok(Start { config, parked, restarts, last_exit, first, keeper_pid: self.keeper_pid() })
+        Ok(Start { config, parked, restarts, last_exit, first, keeper_pid: self.keeper_pid(), kept_by_manager })
     }
 
     /// Gives the keeper a duplicate of `descriptor` to keep for the servers to come; it replaces one that was parked under

@@ -38,6 +38,14 @@ pub fn run_foreground(config: &MountConfig, on_ready: impl FnOnce(&[PathBuf])) -
     keeper::run(config.clone(), Waiting::Caller(Box::new(on_ready)))
 }
 
+/// A mount that a service manager has kept since the last process of it ended. First of all, before anything is opened.
+///
+/// # Errors
+/// There is one that cannot be gone on with.
+pub fn find_kept() -> Result<Option<keeper::restart::Left>> {
+    keeper::restart::find()
+}
+
 fn check(config: &MountConfig) -> Result<()> {
     init::check_request_timeouts()?;
     let found = mountpoint::inspect(&config.mountpoint)?;

@@ -107,6 +107,9 @@ pub enum ToServer {
         /// The last server died by itself: perhaps of a request.
         #[serde(default)]
         crashed: bool,
+        /// A service manager keeps everything that the keeper keeps: see [`crate::fuse::Start::kept_by_manager`].
+        #[serde(default)]
+        kept_by_manager: bool,
     },
     /// A parked descriptor comes with it.
     Parked {

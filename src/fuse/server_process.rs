@@ -10,9 +10,8 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::Signal;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
-use nix::unistd::Pid;
 
 use crate::error::{Error, Result};
 use crate::fuse::VERB_SERVER;
@@ -58,17 +57,16 @@ pub(super) struct Ending {
 }
 
 impl Server {
-    /// Starts `program` as one, and hands it `start`, the record of requests under way, and what is parked.
-    pub(super) fn start(
-        program: &Path,
-        start: &ToServer,
-        flights: Option<BorrowedFd<'_>>,
-        parked: &[Parked],
-    ) -> Result<Server> {
+    /// Starts `program` as one. It does nothing before it is [told](Server::tell) what.
+    pub(super) fn start(program: &Path) -> Result<Server> {
         let failed = |error: std::io::Error| Error::io("cannot start the server process", &error);
         let (link, theirs) = Link::pair()?;
         let mut command = Command::new(program);
         command.arg0("livemirror").arg(VERB_SERVER).stdin(theirs).stdout(Stdio::null());
+        // The service manager is the keeper's business.
+        for name in ["NOTIFY_SOCKET", "FDSTORE", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"] {
+            command.env_remove(name);
+        }
         // A group of its own: Ctrl-C reaches it through the keeper only.
         let mut child = command.process_group(0).current_dir("/").spawn().map_err(failed)?;
         // The command holds the other end; without this the server's end would go unnoticed.
@@ -81,16 +79,20 @@ impl Server {
                 return Err(failed(error));
             }
         };
-        let mut sent = link.send(start, flights);
+        Ok(Server::known(Process { pid: child.id(), descriptor, is_child: true }, link))
+    }
+
+    /// Hands it `start`, the record of requests under way, and what is parked.
+    pub(super) fn tell(&self, start: &ToServer, flights: Option<BorrowedFd<'_>>, parked: &[Parked]) {
+        let mut sent = self.link.send(start, flights);
         for (volume, role, descriptor) in parked {
             let message = ToServer::Parked { volume: volume.clone(), role: *role };
-            sent = sent.and_then(|()| link.send(&message, Some(descriptor.as_fd())));
+            sent = sent.and_then(|()| self.link.send(&message, Some(descriptor.as_fd())));
         }
         if let Err(error) = sent {
             // It is dead already; the keeper is about to reap it.
             log::warn!("{error}");
         }
-        Ok(Server::known(Process { pid: child.id(), descriptor, is_child: true }, link))
     }
 
     /// One that runs already.
@@ -117,9 +119,8 @@ impl Server {
 
 impl Process {
     pub(super) fn signal(&self, signal: Signal) {
-        if let Ok(pid) = i32::try_from(self.pid) {
-            let _ = kill(Pid::from_raw(pid), signal);
-        }
+        // One that has ended needs none.
+        let _ = process::signal(self.descriptor.as_fd(), signal as i32);
     }
 
     /// Reaps it, if it has ended.

@@ -1,4 +1,5 @@
 //! A server that has lost its keeper makes itself a new one: the program that it runs itself, told all that there is to keep.
+//! Unless a service manager keeps that and starts the next keeper.
 
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
@@ -34,6 +35,11 @@ impl KeeperLink {
                 return;
             }
             let old = self.keeper_pid();
+            if self.kept.lock().by_manager {
+                // It has all that a keeper needs. The one that it starts ends this server first.
+                log::warn!("the keeper, process {old}, died: the service manager is to start the next one");
+                return;
+            }
             match self.make_keeper() {
                 Ok(child) => {
                     let how = reaped.and_then(Result::ok).map(|status| format!(" ({status})")).unwrap_or_default();

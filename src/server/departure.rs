@@ -2,6 +2,9 @@
 //!
 //! A signal ends an idle mount as cleanly as `unmount`. While a disk is in use it flushes, saves, names the holders, and the
 //! server goes on serving until the last of them is gone.
+//!
+//! Where a service manager keeps the mount's descriptors, SIGTERM means a restart of the service: the server flushes, saves and leaves, and
+//! the mount stays. Guests' requests go on until the very end; what is not answered then, the kernel sends to the next server.
 
 use std::path::Path;
 use std::time::Duration;
@@ -27,13 +30,22 @@ const ABORT_PATIENCE: Duration = Duration::from_secs(3);
 /// See the module.
 pub(super) struct Departure {
     link: Arc<KeeperLink>,
-    asked: Mutex<bool>,
+    /// The mount can do without a server for a while.
+    may_leave: bool,
+    asked: Mutex<Option<Wish>>,
     changed: Condvar,
 }
 
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Wish {
+    Unmount,
+    Leave,
+}
+
 impl Departure {
-    pub(super) fn new(link: Arc<KeeperLink>) -> Self {
-        Departure { link, asked: Mutex::new(false), changed: Condvar::new() }
+    /// `may_leave`: SIGTERM means to leave without unmounting.
+    pub(super) fn new(link: Arc<KeeperLink>, may_leave: bool) -> Self {
+        Departure { link, may_leave, asked: Mutex::new(None), changed: Condvar::new() }
     }
 
     /// The keeper's process.
@@ -43,19 +55,34 @@ impl Departure {
 
     /// Leave as soon as nobody uses the disks.
     pub(super) fn ask(&self) {
-        *self.asked.lock() = true;
+        self.wish(Wish::Unmount);
+    }
+
+    /// A signal arrived, SIGTERM or another one.
+    pub(super) fn signalled(&self, sigterm: bool) {
+        self.wish(if sigterm && self.may_leave { Wish::Leave } else { Wish::Unmount });
+    }
+
+    fn wish(&self, wish: Wish) {
+        let mut asked = self.asked.lock();
+        if *asked != Some(Wish::Leave) {
+            *asked = Some(wish);
+        }
         self.changed.notify_all();
     }
 
     /// Waits to be asked, then tries until the mount is gone. For a thread of its own.
     pub(super) fn run(&self, server: &Server) {
         let mut asked = self.asked.lock();
-        while !*asked {
+        while asked.is_none() {
             self.changed.wait(&mut asked);
         }
         drop(asked);
         let mut told = false;
         loop {
+            if *self.asked.lock() == Some(Wish::Leave) {
+                leave(server);
+            }
             match self.unmount(server, false) {
                 Ok(()) => return,
                 Err(error) if !told => {
@@ -65,6 +92,9 @@ impl Departure {
                 Err(_) => (),
             }
             let mut asked = self.asked.lock();
+            if *asked == Some(Wish::Leave) {
+                continue;
+            }
             wait_until(&self.changed, &mut asked, Some(std::time::Instant::now() + RETRY_EVERY));
         }
     }
@@ -120,6 +150,16 @@ impl Departure {
         };
         table.at(mountpoint).map(holders::holders).unwrap_or_default()
     }
+}
+
+/// Flushes, saves and leaves the mount to the next server, with whatever guests are just asking for.
+fn leave(server: &Server) -> ! {
+    log::info!("leaving {} to the next server", server.config.mountpoint.display());
+    server.suspend_jobs();
+    server.heartbeat.end();
+    server.flush_all();
+    // No reply is dropped on the way, as nothing is unwound.
+    std::process::exit(0)
 }
 
 /// An aborted connection may live as long as this process does (an ordinary user has no other switch), so the process ends

@@ -52,7 +52,7 @@ pub fn main() -> u8 {
 
 fn serve(link: &Arc<KeeperLink>) -> Result<()> {
     let start = link.receive_start()?;
-    let (config, first) = (start.config.clone(), start.first);
+    let (config, first, may_leave) = (start.config.clone(), start.first, start.kept_by_manager);
     let Prepared { ledger, opened, new_state, taken_over } = prepare(link, start)?;
     let mut targets = Vec::new();
     let mut volumes = Vec::new();
@@ -60,8 +60,9 @@ fn serve(link: &Arc<KeeperLink>) -> Result<()> {
         targets.push(one.parked_target.take());
         volumes.push(volume(&config, one));
     }
+    let departure = Departure::new(link.clone(), may_leave);
     let mut taken_over = first.then_some(taken_over);
-    let result = run(link, &config, ledger.clone(), volumes, targets, &mut taken_over);
+    let result = run(link, &config, ledger.clone(), volumes, targets, departure, &mut taken_over);
     if let Some(taken_over) = taken_over {
         taken_over.give_back(&ledger);
     }
@@ -208,9 +209,10 @@ fn run(
     ledger: Arc<Ledger>,
     volumes: Vec<Arc<Volume>>,
     targets: Vec<Option<OwnedFd>>,
+    departure: Departure,
     taken_over: &mut Option<TakenOver>,
 ) -> Result<()> {
-    let server = Server::new(config.clone(), volumes.clone(), ledger, Departure::new(link.clone()));
+    let server = Server::new(config.clone(), volumes.clone(), ledger, departure);
     if !config.read_only {
         server.find_unfinished(targets, taken_over.is_some());
     }
@@ -268,7 +270,7 @@ fn start_departure(server: &Arc<Server>) -> Result<()> {
     let asked = server.clone();
     std::thread::Builder::new()
         .name("signals".into())
-        .spawn(move || signals.forever().for_each(|_| asked.departure.ask()))
+        .spawn(move || signals.forever().for_each(|signal| asked.departure.signalled(signal == SIGTERM)))
         .map_err(failed)?;
     let leaving = server.clone();
     std::thread::Builder::new()

@@ -255,6 +255,7 @@ fn a_damaged_record_is_not_guessed() {
             last_exit: None,
             first: true,
             keeper_pid: 1,
+            kept_by_manager: false,
         };
         run::prepare(&Arc::new(link), start).map(|_| ())
     };

@@ -1,7 +1,7 @@
 //! Processes: properties that matter when memory is short, and a handle that no other process can take over.
 
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 /// From linux/prctl.h; libc has no name for it.
 const PR_SET_IO_FLUSHER: libc::c_int = 57;
@@ -43,4 +43,16 @@ pub fn open(pid: u32) -> io::Result<OwnedFd> {
         Ok(number) if number >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(number) }),
         _ => Err(io::Error::last_os_error()),
     }
+}
+
+/// Sends a signal to the process that `process` (see [`open`]) stands for, and to no other: also once its number is in use again.
+///
+/// # Errors
+/// `ESRCH`: it has ended and was reaped. `EPERM`.
+pub fn signal(process: BorrowedFd<'_>, signal: libc::c_int) -> io::Result<()> {
+    let no_info = std::ptr::null::<libc::siginfo_t>();
+    // SAFETY: pidfd_send_signal takes integers, and a pointer that may be null (pidfd_send_signal(2)); the descriptor is open,
+    // since it is borrowed.
+    let failed = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, process.as_raw_fd(), signal, no_info, 0) };
+    if failed == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }

@@ -85,9 +85,8 @@ impl<'a> Mount<'a> {
         self.place.at(&format!("{}.pid", self.name))
     }
 
-    /// Tries it, for refusals.
-    #[track_caller]
-    pub fn attempt(&self) -> Done {
+    /// The command line of it, after the program's name. Makes the mountpoint.
+    pub fn words(&self) -> Vec<OsString> {
         if !self.ready_made {
             fs::create_dir_all(&self.mountpoint).expect("mkdir");
         }
@@ -100,6 +99,13 @@ impl<'a> Mount<'a> {
             arguments.extend([option.into(), path.into()]);
         }
         arguments.extend(self.options.iter().cloned());
+        arguments
+    }
+
+    /// Tries it, for refusals.
+    #[track_caller]
+    pub fn attempt(&self) -> Done {
+        let arguments = self.words();
         match &self.user {
             None => {
                 let mut command = Command::new(&self.program);
@@ -117,6 +123,12 @@ impl<'a> Mount<'a> {
     #[track_caller]
     pub fn start(self) -> Mounted {
         let done = self.attempt().ok();
+        self.started(done.stdout)
+    }
+
+    /// It was mounted by somebody else: a service manager.
+    #[track_caller]
+    pub fn started(self, printed: String) -> Mounted {
         let mut mounted = Mounted {
             dir: self.place.path().to_owned(),
             control: self.control(),
@@ -124,7 +136,7 @@ impl<'a> Mount<'a> {
             pidfile: self.pidfile(),
             mountpoint: self.mountpoint,
             user: self.user,
-            printed: done.stdout,
+            printed,
             server_pid: 0,
             keeper_pid: 0,
             mounted: true,

@@ -40,6 +40,11 @@ impl Helper {
         Ok(Helper { purpose, child: command.spawn()?, deadline })
     }
 
+    /// Without waiting for it: it may wait for a server.
+    pub(super) fn abandon(mut self) {
+        let _ = self.child.kill();
+    }
+
     /// At the end of the keeper.
     pub(super) fn dismiss(mut self, at_once: bool) {
         if at_once || self.deadline.is_some() {

@@ -10,12 +10,17 @@
 //! wait for the server (umount2, the check of the new disks) is done in helper processes. A server is started only after the
 //! one before was reaped: the wait for it ends when the I/O of its threads has.
 //!
-//! A keeper comes into being in three ways: `livemirror mount` starts it; it replaces itself by a newer program (`table`); a
-//! server whose keeper has died makes itself a new one (`adopt`). A lock ([`crate::state::keeper_file`]) sees to it that there is one.
+//! A keeper comes into being in four ways: `livemirror mount` starts it; it replaces itself by a newer program (`table`); a
+//! server whose keeper has died makes itself a new one (`adopt`); a service manager starts it with what the last one left there
+//! (`restart`). A lock ([`crate::state::keeper_file`]) sees to it that there is one.
 
 mod adopt;
 mod helper;
+mod manager;
+pub mod restart;
 mod servers;
+mod service;
+mod store;
 mod table;
 mod upgrade;
 
@@ -30,12 +35,14 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use self::helper::Helper;
+use self::service::Service;
 use self::upgrade::Upgrading;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::init::Negotiated;
 use crate::fuse::link::Link;
 use crate::fuse::mount::{How, Point};
 use crate::fuse::server_process::{Parked, Server};
+use crate::fuse::session::connection_ended;
 use crate::fuse::waiting::Waiting;
 use crate::server::config::MountConfig;
 use crate::state::keeper_file::{KeeperFile, KeeperWord, Upgrade};
@@ -81,6 +88,10 @@ struct Keeper<'a> {
     held_signal: Option<Signal>,
     upgrading: Option<Upgrading>,
     upgrade: Option<Upgrade>,
+    /// A service manager has started this process.
+    service: Option<Service>,
+    /// The mount stays, with the service manager, and this keeper goes.
+    leaving: bool,
 }
 
 /// Verb [`crate::fuse::VERB_KEEPER`].
@@ -112,6 +123,9 @@ fn main_detached() -> Result<()> {
 pub(super) fn run(config: MountConfig, waiting: Waiting<'_>) -> Result<()> {
     let file = KeeperFile::claim(&MountConfig::mount_id(&config.mountpoint));
     let mut keeper = Keeper::new(config, waiting, None)?;
+    if matches!(keeper.waiting, Waiting::Caller(_)) {
+        keeper.service = Service::new();
+    }
     let result = file.and_then(|file| {
         keeper.file = file;
         keeper.flights = SharedPage::create().ok();
@@ -167,6 +181,8 @@ impl<'a> Keeper<'a> {
             held_signal: None,
             upgrading: None,
             upgrade: None,
+            service: None,
+            leaving: false,
         })
     }
 
@@ -184,7 +200,7 @@ impl<'a> Keeper<'a> {
                 return Err(Error::new(ErrorKind::Failed, "the mount was given up: livemirror mount was interrupted"));
             }
             self.reap_helper()?;
-            if self.reap_server()? {
+            if self.reap_server()? || (self.leaving && self.server.is_none()) {
                 return Ok(());
             }
             self.see_to_upgrade();
@@ -238,6 +254,13 @@ impl<'a> Keeper<'a> {
         if !self.ready {
             return Err(Error::new(ErrorKind::Failed, "the mount was given up: a signal arrived before it was ready"));
         }
+        if self.leaving {
+            return Ok(());
+        }
+        if signal == Signal::SIGTERM && self.is_kept_by_manager() {
+            self.leave_to_manager();
+            return Ok(());
+        }
         match &self.server {
             Some(server) if server.serving_since.is_some() => server.process.signal(signal),
             _ => self.held_signal = Some(signal),
@@ -245,8 +268,9 @@ impl<'a> Keeper<'a> {
         Ok(())
     }
 
-    /// Tells the command line how things are.
-    fn say(&self) {
+    /// Tells the command line and the service manager how things are.
+    fn say(&mut self) {
+        self.tell_manager();
         let Some(file) = &self.file else { return };
         file.say(&KeeperWord {
             keeper_pid: std::process::id(),
@@ -262,6 +286,14 @@ impl<'a> Keeper<'a> {
 
     /// Removes what this keeper made, and tells whoever waits.
     fn leave(&mut self, result: &Result<()>) {
+        if self.leaving && result.is_ok() && self.kept.as_ref().is_some_and(|kept| !connection_ended(&kept.fd)) {
+            if let Some(helper) = self.helper.take() {
+                helper.abandon();
+            }
+            // That there is no server any more.
+            self.say();
+            return;
+        }
         if let Some(helper) = self.helper.take() {
             helper.dismiss(result.is_err());
         }
@@ -284,6 +316,9 @@ impl<'a> Keeper<'a> {
         }
         if let Some(file) = self.file.take() {
             file.remove();
+        }
+        if let Some(Service { manager, store: Some(store), .. }) = &mut self.service {
+            store.empty(manager);
         }
         if let Err(error) = result {
             self.waiting.tell_failed(error);

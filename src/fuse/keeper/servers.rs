@@ -33,10 +33,14 @@ impl Keeper<'_> {
             last_exit: self.last_exit.clone(),
             parked: self.parked.len(),
             crashed: std::mem::take(&mut self.crashed),
+            kept_by_manager: self.is_kept_by_manager(),
         };
-        let flights = self.flights.as_ref().map(AsFd::as_fd);
-        self.server = Some(Server::start(program, &start, flights, &self.parked)?);
+        self.server = Some(Server::start(program)?);
+        // Before it can touch an image: should everything die now, the next keeper knows whose end to wait for.
         self.say();
+        if let Some(server) = &self.server {
+            server.tell(&start, self.flights.as_ref().map(AsFd::as_fd), &self.parked);
+        }
         Ok(())
     }
 
@@ -46,9 +50,11 @@ impl Keeper<'_> {
             Ok(Some((ToKeeper::Park { volume, role }, Some(descriptor)))) => {
                 self.parked.retain(|(name, kind, _)| (name, *kind) != (&volume, role));
                 self.parked.push((volume, role, descriptor));
+                self.tell_manager();
             }
             Ok(Some((ToKeeper::Unpark { volume, role }, _))) => {
                 self.parked.retain(|(name, kind, _)| (name, *kind) != (&volume, role));
+                self.tell_manager();
             }
             Ok(Some((ToKeeper::Opened, _))) => return self.hand_over(),
             Ok(Some((ToKeeper::Serving { paths }, _))) => return self.on_serving(paths),
@@ -80,7 +86,10 @@ impl Keeper<'_> {
                 }
             });
             match made {
-                Ok(kept) => self.kept = Some(kept),
+                Ok(kept) => {
+                    self.kept = Some(kept);
+                    self.tell_manager();
+                }
                 Err(error) => {
                     self.tell_server(&ToServer::MountFailed(WireError::from(&error)), None);
                     return Err(error);
@@ -153,6 +162,13 @@ impl Keeper<'_> {
         }
         self.restarts += 1;
         self.crashed = ending.crashed;
+        if self.leaving {
+            self.last_exit = Some(match ending.success {
+                true => "left, for a restart of the service".into(),
+                false => exit,
+            });
+            return Ok(true);
+        }
         if self.goes_on_with_upgrade(&exit) {
             return Ok(false);
         }

@@ -7,11 +7,14 @@
 //! ```
 //!
 //! The signals stay blocked over the exec, so none is lost; children stay children.
+//!
+//! A service manager's store (`store`) holds the same table for a keeper that is started anew: with keys in the place of numbers.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{Read, Seek, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -20,6 +23,8 @@ use std::time::Instant;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use serde::{Deserialize, Serialize};
 
+use super::service::Service;
+use super::store::{Entry, Item, Store};
 use super::{Keeper, Kept, THIS_PROGRAM};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::VERB_KEEPER;
@@ -40,12 +45,12 @@ pub(super) const WORD: &str = "resume";
 const FORMAT: u32 = 1;
 
 #[derive(Serialize, Deserialize)]
-struct Table {
+pub(super) struct Table {
     format: u32,
-    config: MountConfig,
+    pub(super) config: MountConfig,
     program: PathBuf,
     negotiated: Negotiated,
-    connection: RawFd,
+    pub(super) connection: RawFd,
     point: (RawFd, OsString, MountEntry),
     parked: Vec<(String, DescriptorRole, RawFd)>,
     server: Option<TableServer>,
@@ -56,6 +61,12 @@ struct Table {
     last_exit: Option<String>,
     /// What the upgrade will have been if this program can go on.
     upgrade: Option<Upgrade>,
+    /// It was started by a service manager, with this command line.
+    #[serde(default)]
+    pub(super) service: Option<Vec<String>>,
+    /// The memory of the manager's table, what the manager keeps, and the next key.
+    #[serde(default)]
+    store: Option<(RawFd, Vec<Entry>, RawFd)>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -63,7 +74,8 @@ struct TableServer {
     pid: u32,
     process: RawFd,
     is_child: bool,
-    link: RawFd,
+    /// `None`: its other end is closed.
+    link: Option<RawFd>,
     silent: bool,
 }
 
@@ -81,7 +93,10 @@ pub(super) fn main(numbers: &[&str]) -> Result<()> {
             if let (Err(_), Some(upgrade)) = (previous, &mut table.upgrade) {
                 upgrade.error = Some("the new server serves, but the new program could not become the keeper".into());
             }
-            resume(table)
+            let mut keeper = resume(table, &mut |number| {
+                take_inherited(number).map_err(|error| Error::io("cannot go on as a keeper", &error))
+            })?;
+            keeper.go_on()
         }
         (Err(error), Ok(previous)) => {
             log::error!("{error}: the keeper stays what it was");
@@ -105,7 +120,14 @@ fn read(memory: &OwnedFd) -> Result<Table> {
     let mut file = File::from(memory.try_clone().map_err(failed)?);
     let mut text = Vec::new();
     file.rewind().and_then(|()| file.read_to_end(&mut text)).map_err(failed)?;
-    let table: Table = serde_json::from_slice(&text).map_err(|error| failed(error.into()))?;
+    parse(&text)
+}
+
+/// # Errors
+/// It is not one that this program understands.
+pub(super) fn parse(text: &[u8]) -> Result<Table> {
+    let failed = |error: std::io::Error| Error::io("cannot read what the keeper before kept", &error);
+    let table: Table = serde_json::from_slice(text).map_err(|error| failed(error.into()))?;
     if table.format != FORMAT {
         let text = format!("the keeper before left a table of format {}, and this is {FORMAT}", table.format);
         return Err(Error::new(ErrorKind::Unsupported, text));
@@ -113,8 +135,8 @@ fn read(memory: &OwnedFd) -> Result<Table> {
     Ok(table)
 }
 
-fn resume(table: Table) -> Result<()> {
-    let take = |number| take_inherited(number).map_err(|error| Error::io("cannot go on as a keeper", &error));
+/// The keeper that `table` describes; `take` gives what stands behind a number in it.
+pub(super) fn resume(table: Table, take: &mut dyn FnMut(RawFd) -> Result<OwnedFd>) -> Result<Keeper<'static>> {
     let mut keeper = Keeper::new(table.config, Waiting::Nobody, Some(table.program))?;
     for (volume, role, number) in table.parked {
         keeper.parked.push((volume, role, take(number)?));
@@ -127,7 +149,10 @@ fn resume(table: Table) -> Result<()> {
     });
     if let Some(server) = table.server {
         let process = Process { pid: server.pid, descriptor: take(server.process)?, is_child: server.is_child };
-        let link = Link::from_descriptor(take(server.link)?);
+        let link = match server.link {
+            Some(number) => Link::from_descriptor(take(number)?),
+            None => Link::pair()?.0,
+        };
         // Only one that had answered was ever handed on.
         let proven = Server {
             silent: server.silent,
@@ -138,20 +163,65 @@ fn resume(table: Table) -> Result<()> {
         keeper.server = Some(proven);
     }
     // A keeper without it had none for a reason.
-    keeper.flights = table.flights.map(take).transpose()?;
+    keeper.flights = table.flights.map(&mut *take).transpose()?;
     if let Some((path, number)) = table.file {
         keeper.file = KeeperFile::inherited(path, take(number)?);
     }
     (keeper.ready, keeper.restarts, keeper.last_exit) = (true, table.restarts, table.last_exit);
+    if let Some(words) = table.service {
+        let store = match table.store {
+            Some((memory, entries, next)) => Some(Store::known(take(memory)?, entries, next)),
+            None => None,
+        };
+        keeper.service = Service::again(words, store);
+    }
     if let Some(upgrade) = table.upgrade {
         keeper.end_upgrade(upgrade);
     }
-    let result = keeper.watch();
-    keeper.leave(&result);
-    result
+    Ok(keeper)
+}
+
+impl Table {
+    /// The table for a store that has `keys` in the place of these numbers. What has none is not in the store.
+    pub(super) fn with_keys(mut self, keys: &BTreeMap<RawFd, RawFd>) -> Table {
+        let key = |number: RawFd| keys.get(&number).copied();
+        self.connection = key(self.connection).unwrap_or(-1);
+        self.point.0 = key(self.point.0).unwrap_or(-1);
+        self.parked.retain_mut(|(_, _, number)| key(*number).map(|key| *number = key).is_some());
+        self.flights = self.flights.and_then(key);
+        self.file = self.file.and_then(|(path, number)| Some((path, key(number)?)));
+        self.server = self.server.and_then(|server| {
+            // Whoever takes this over is not its parent, and cannot talk to it.
+            Some(TableServer {
+                process: key(server.process)?,
+                is_child: false,
+                link: None,
+                silent: true,
+                pid: server.pid,
+            })
+        });
+        self.store = None;
+        self
+    }
+
+    /// Leaves out what the store has lost, as far as a keeper can do without. False: it cannot.
+    pub(super) fn leave_out(&mut self, is_there: impl Fn(RawFd) -> bool) -> bool {
+        self.parked.retain(|(_, _, key)| is_there(*key));
+        self.flights = self.flights.filter(|key| is_there(*key));
+        self.file = self.file.take().filter(|(_, key)| is_there(*key));
+        self.server = self.server.take().filter(|server| is_there(server.process));
+        is_there(self.connection) && is_there(self.point.0)
+    }
 }
 
 impl Keeper<'_> {
+    /// Keeps the mount until it ends.
+    pub(super) fn go_on(&mut self) -> Result<()> {
+        let result = self.watch();
+        self.leave(&result);
+        result
+    }
+
     /// Replaces this program by the one whose server has just been tried; `upgrade` is what will be reported then. Returns why
     /// that cannot be.
     pub(super) fn replace_program(&mut self, upgrade: &Upgrade) -> Error {
@@ -160,7 +230,11 @@ impl Keeper<'_> {
             Ok(this) => this,
             Err(error) => return failed(error),
         };
-        let Some((table, mut kept)) = self.table(upgrade) else { return Error::not_now("nothing is mounted") };
+        let Some((table, items)) = self.table(Some(upgrade)) else { return Error::not_now("nothing is mounted") };
+        let mut kept: Vec<_> = items.iter().map(|item| item.descriptor).collect();
+        kept.extend(self.server.as_ref().map(|server| server.link.as_fd()));
+        let store = self.service.as_ref().and_then(|service| service.store.as_ref());
+        kept.extend(store.map(|store| store.parts().0.as_fd()));
         let memory = memfd_create("keeper", MFdFlags::MFD_CLOEXEC).map_err(std::io::Error::from).map(File::from);
         let written = memory.and_then(|mut memory| {
             memory.write_all(&serde_json::to_vec(&table)?)?;
@@ -182,22 +256,29 @@ impl Keeper<'_> {
         failed(error)
     }
 
-    /// What is kept, as numbers and as descriptors.
-    fn table(&self, upgrade: &Upgrade) -> Option<(Table, Vec<BorrowedFd<'_>>)> {
+    /// What is kept, as numbers and as descriptors; the latter without the link to the server.
+    pub(super) fn table(&self, upgrade: Option<&Upgrade>) -> Option<(Table, Vec<Item<'_>>)> {
         let kept = self.kept.as_ref()?;
         let (parent, name) = kept.point.parts();
-        let mut descriptors = vec![kept.fd.as_fd(), parent.as_fd()];
-        descriptors.extend(self.parked.iter().map(|(_, _, descriptor)| descriptor.as_fd()));
-        if let Some(server) = &self.server {
-            descriptors.extend([server.process.descriptor.as_fd(), server.link.as_fd()]);
-        }
-        descriptors.extend(self.flights.as_ref().map(AsFd::as_fd));
-        descriptors.extend(self.file.as_ref().map(|file| file.lock().as_fd()));
+        let mut items = vec![Item::new("connection", "", kept.fd.as_fd()), Item::new("directory", "", parent.as_fd())];
+        let parked = self.parked.iter();
+        items.extend(
+            parked.map(|(volume, role, descriptor)| {
+                Item::new("image", &format!("{role:?} {volume}"), descriptor.as_fd())
+            }),
+        );
+        items.extend(
+            self.server
+                .as_ref()
+                .map(|server| Item::new("server", &server.process.pid.to_string(), server.process.descriptor.as_fd())),
+        );
+        items.extend(self.flights.as_ref().map(|page| Item::new("requests", "", page.as_fd())));
+        items.extend(self.file.as_ref().map(|file| Item::new("lock", "", file.lock().as_fd())));
         let server = self.server.as_ref().map(|server| TableServer {
             pid: server.process.pid,
             process: server.process.descriptor.as_raw_fd(),
             is_child: server.process.is_child,
-            link: server.link.as_fd().as_raw_fd(),
+            link: Some(server.link.as_fd().as_raw_fd()),
             silent: server.silent,
         });
         let parked =
@@ -215,8 +296,13 @@ impl Keeper<'_> {
             file: self.file.as_ref().map(|file| (file.path().to_owned(), file.lock().as_raw_fd())),
             restarts: self.restarts,
             last_exit: self.last_exit.clone(),
-            upgrade: Some(upgrade.clone()),
+            upgrade: upgrade.cloned(),
+            service: self.service.as_ref().map(|service| service.words.clone()),
+            store: self.service.as_ref().and_then(|service| service.store.as_ref()).map(|store| {
+                let (memory, entries, next) = store.parts();
+                (memory.as_raw_fd(), entries.to_vec(), next)
+            }),
         };
-        Some((table, descriptors))
+        Some((table, items))
     }
 }

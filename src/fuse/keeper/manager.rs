@@ -1,0 +1,112 @@
+//! The service manager that has started this keeper: what it is told, and which descriptors it is given to keep (sd_notify(3)).
+//!
+//! Every message is one datagram to the socket that NOTIFY_SOCKET names; nothing is ever answered. The manager handles them in
+//! order, and all of them before it hears of the sender's end: what was sent is as good as kept.
+//!
+//! Whether there is a store is said by FDSTORE: systemd 254 and later sets it, the unit file does for those before.
+
+use std::io::IoSlice;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+
+/// How long a manager that does not read its messages is waited for: the mount is more important than what it knows.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// How long [`Manager::settle`] waits.
+const SETTLES_WITHIN_MS: u16 = 5_000;
+
+/// The way to the service manager.
+pub(super) struct Manager {
+    socket: UnixDatagram,
+}
+
+/// True if the service manager says that it keeps descriptors for this service.
+pub(super) fn has_store() -> bool {
+    std::env::var("FDSTORE").is_ok_and(|count| count.trim().parse().is_ok_and(|count: u32| count > 0))
+}
+
+impl Manager {
+    /// The one that started this process. `None`: there is none, or it does not want to hear anything.
+    pub(super) fn from_environment() -> Option<Manager> {
+        let name = std::env::var_os("NOTIFY_SOCKET")?;
+        match connect(name.as_encoded_bytes()) {
+            Ok(socket) => Some(Manager { socket }),
+            Err(error) => {
+                log::warn!("the service manager's socket {} cannot be used: {error}", name.display());
+                None
+            }
+        }
+    }
+
+    /// Tells it lines of the form `WORD=value`.
+    pub(super) fn tell(&self, lines: &str) {
+        if let Err(error) = self.send(lines, None) {
+            log::warn!("cannot tell the service manager {lines:?}: {error}");
+        }
+    }
+
+    /// Gives it a duplicate of `descriptor` to keep under `name` (ASCII, no colon). It is not to watch it: the other end's end is no
+    /// reason to let go.
+    ///
+    /// # Errors
+    /// It does not read its messages.
+    pub(super) fn keep(&self, name: &str, descriptor: BorrowedFd<'_>) -> std::io::Result<()> {
+        self.send(&format!("FDSTORE=1\nFDNAME={name}\nFDPOLL=0"), Some(descriptor))
+    }
+
+    /// Lets it close what it keeps under `name`.
+    pub(super) fn forget(&self, name: &str) {
+        self.tell(&format!("FDSTOREREMOVE=1\nFDNAME={name}"));
+    }
+
+    /// Waits until it has handled all that it was told so far, within bounds.
+    pub(super) fn settle(&self) {
+        let settled = || -> std::io::Result<bool> {
+            // It closes its end when it comes to this message.
+            let (ours, theirs) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
+            self.send("BARRIER=1", Some(std::os::fd::AsFd::as_fd(&theirs)))?;
+            drop(theirs);
+            let mut polled = [PollFd::new(std::os::fd::AsFd::as_fd(&ours), PollFlags::empty())];
+            Ok(poll(&mut polled, PollTimeout::from(SETTLES_WITHIN_MS))? > 0)
+        };
+        match settled() {
+            Ok(true) => (),
+            Ok(false) => log::warn!("the service manager does not handle its messages"),
+            Err(error) => log::warn!("cannot wait for the service manager: {error}"),
+        }
+    }
+
+    fn send(&self, text: &str, with: Option<BorrowedFd<'_>>) -> std::io::Result<()> {
+        let numbers: Vec<_> = with.iter().map(AsRawFd::as_raw_fd).collect();
+        let control = [ControlMessage::ScmRights(&numbers)];
+        let control = if numbers.is_empty() { &control[..0] } else { &control[..] };
+        loop {
+            let parts = [IoSlice::new(text.as_bytes())];
+            match sendmsg::<()>(self.socket.as_raw_fd(), &parts, control, MsgFlags::MSG_NOSIGNAL, None) {
+                Ok(_) => return Ok(()),
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+    }
+}
+
+fn connect(name: &[u8]) -> std::io::Result<UnixDatagram> {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+    let address = match name {
+        [b'@', rest @ ..] => SocketAddr::from_abstract_name(rest)?,
+        [b'/', ..] => SocketAddr::from_pathname(OsStr::from_bytes(name))?,
+        _ => return Err(std::io::ErrorKind::Unsupported.into()),
+    };
+    let socket = UnixDatagram::unbound()?;
+    socket.connect_addr(&address)?;
+    socket.set_write_timeout(Some(PATIENCE))?;
+    Ok(socket)
+}

@@ -1,10 +1,12 @@
 #!/bin/sh
-# Installs livemirror: the binary, the mount helper, man pages and completions, the latter two made by the binary itself.
+# Installs livemirror: the binary, the mount helper, the systemd unit, man pages and completions, the latter two made by the
+# binary itself.
 #
 #   packaging/install.sh [BINARY]        BINARY: target/release/livemirror unless told
 #
 #   PREFIX      where it will live [/usr/local]
 #   DESTDIR     put in front of every path, for packages []
+#   UNITDIR     where systemd looks for units [PREFIX/lib/systemd/system]
 #   SBINDIR     where mount(8) looks for helpers: it knows no other place than /sbin [/sbin]
 set -eu
 
@@ -13,6 +15,7 @@ binary=${1:-$top/target/release/livemirror}
 prefix=${PREFIX:-/usr/local}
 destdir=${DESTDIR:-}
 sbindir=${SBINDIR:-/sbin}
+unitdir=${UNITDIR:-$prefix/lib/systemd/system}
 
 if [ ! -x "$binary" ]; then
     echo "install.sh: there is no program $binary" >&2
@@ -27,6 +30,9 @@ install -D -m 755 "$binary" "$destdir$prefix/bin/livemirror"
 
 sed "s|@BINDIR@|$prefix/bin|" "$top/packaging/mount.fuse.livemirror" >"$work/helper"
 install -D -m 755 "$work/helper" "$destdir$sbindir/mount.fuse.livemirror"
+
+sed "s|@BINDIR@|$prefix/bin|" "$top/packaging/livemirror@.service" >"$work/unit"
+install -D -m 644 "$work/unit" "$destdir$unitdir/livemirror@.service"
 
 mkdir "$work/man"
 "$binary" generate man "$work/man"

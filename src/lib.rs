@@ -48,10 +48,11 @@
 //! ```
 //!
 //! Every start of a server is a *resume* of a live connection, the first one too: one code path. A server that dies is reaped and
-//! replaced; the kernel sends the requests again that it had not answered. An upgrade is the same on purpose, with another program,
-//! and the keeper then replaces itself too. A keeper that dies is replaced by the server, which has a duplicate of all that it
-//! kept. A request that makes servers crash is found out by a page of memory that they share, in which each thread notes what it
-//! works on. See [`fuse::session`] and [`fuse::keeper`].
+//! replaced; the kernel sends the requests again that it had not answered. An upgrade is the same on purpose, with another program, and
+//! the keeper then replaces itself too. A keeper that dies is replaced by the server, which has a duplicate of all that it kept. Under
+//! a service manager with a store of descriptors (systemd) that store has all of it too, and the next start of the service goes on with
+//! the mount, whatever became of the processes of the last one. A request that makes servers crash is found out by a page of memory
+//! that they share, in which each thread notes what it works on. See [`fuse::session`] and [`fuse::keeper`].
 //!
 //! ## A guest write
 //!

@@ -7,11 +7,13 @@ use std::ffi::OsString;
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::process::Command;
 
 use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use common::command;
 use common::holder::Holder;
 use common::leftovers;
 use common::mortal::{self, resumptions};
@@ -19,7 +21,7 @@ use common::mounted::{Mount, Mounted};
 use common::pattern::{self, Habits, Load, Table};
 use common::place::Place;
 use common::random;
-use common::service_manager::ServiceManager;
+use common::service_manager::{LEFT, ServiceManager};
 use common::wait;
 
 const SIZE: u64 = 64 << 20;
@@ -51,7 +53,7 @@ fn under_load_with_a_mirror() {
     let entry_before = entry(&mounted.mountpoint);
     let load = Load::start(&mounted.disk("a.img"), &table, Habits { depth: 8, ..Habits::default() }, seed);
     mounted.mirror(&b, &["--speed", "4M"]);
-    let rounds = if common::command::long() { 40 } else { 8 };
+    let rounds = if command::long() { 40 } else { 8 };
     for round in 0..rounds {
         load.wait_for_more(100);
         let copied = mounted.job()["copied_bytes"].as_u64().expect("a mirror");
@@ -119,7 +121,7 @@ fn what_is_kept_is_up_to_date() {
     assert_eq!(manager.kept(), alone);
     // While no process lives the images are locked, and the mount belongs to somebody.
     manager.signal(Signal::SIGTERM);
-    assert_eq!(manager.wait(), Some(0));
+    assert_eq!(manager.wait(), Some(LEFT));
     assert!(!manager.kept().contains(&"livemirror-server".to_owned()), "{:?}", manager.kept());
     assert!(!leftovers::locks_on(&a).is_empty());
     let refused = Mount::of(&place, [&a]).attempt();
@@ -293,4 +295,37 @@ fn another_command_line_counts_after_a_stop() {
     manager.start();
     File::options().write(true).open(mounted.disk("a.img")).expect_err("read-only");
     manager.stop();
+}
+
+/// The unit, as it is installed, says what the program relies on, and systemd understands it.
+#[test]
+fn the_unit_is_understood() {
+    let place = Place::on_disk();
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut install = Command::new("sh");
+    install.arg(root.join("packaging/install.sh")).arg(command::binary());
+    install.env("PREFIX", place.path()).env("SBINDIR", place.at("sbin")).env_remove("UNITDIR").env_remove("DESTDIR");
+    command::finish(install).ok();
+    let (unit, instance) = (place.at("lib/systemd/system/livemirror@.service"), place.at("livemirror@mnt-vm.service"));
+    let text = fs::read_to_string(&unit).expect("a unit");
+    let program = place.at("bin/livemirror");
+    let starts = format!("ExecStart={} mount --foreground", program.display());
+    let left = format!("RestartForceExitStatus={LEFT}");
+    for line in [
+        &*starts,
+        &*left,
+        "KillSignal=SIGINT",
+        "RestartKillSignal=SIGTERM",
+        "FileDescriptorStoreMax=",
+        "KillMode=mixed",
+    ] {
+        assert!(text.lines().any(|one| one.starts_with(line)), "{line} is not in {text}");
+    }
+    fs::copy(&unit, &instance).expect("copy");
+    if Command::new("systemd-analyze").arg("--version").output().is_err() {
+        eprintln!("SKIPPED: systemd-analyze is not installed");
+        return;
+    }
+    let done = command::run("systemd-analyze", [Path::new("verify"), Path::new("--man=no"), &instance]).ok();
+    assert_eq!(done.stderr, "");
 }

@@ -29,7 +29,10 @@ Examples:
   livemirror mount disk.img /mnt/vm              /mnt/vm/disk.img is the disk
   livemirror mount disk.img disk.img             the disk takes the place of its own image
   livemirror mount a.img b.img /mnt/vm           two disks, which can be cut over at one instant
-  livemirror mount --allow-other -o cache=none /dev/vg0/os /mnt/vm"
+  livemirror mount --allow-other -o cache=none /dev/vg0/os /mnt/vm
+
+As a systemd service: see livemirror@.service. With --foreground, Type=notify and FileDescriptorStoreMax= the mount outlives a
+restart of the service: SIGTERM leaves it for the next start (exit code 75), SIGINT unmounts."
 )]
 pub struct Arguments {
     /// One or more sources, then the mountpoint.

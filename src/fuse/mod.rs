@@ -6,6 +6,8 @@
 //!                    mounts, keeps /dev/fuse and      session: answers requests
 //!                    the parked descriptors,          from a duplicate of /dev/fuse
 //!                    restarts the server
+//!                           |
+//!                    service manager, where there is one: keeps the same descriptors for the next keeper
 //! ```
 //!
 //! Rules of the room:

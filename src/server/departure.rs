@@ -30,8 +30,6 @@ const ABORT_PATIENCE: Duration = Duration::from_secs(3);
 /// See the module.
 pub(super) struct Departure {
     link: Arc<KeeperLink>,
-    /// The mount can do without a server for a while.
-    may_leave: bool,
     asked: Mutex<Option<Wish>>,
     changed: Condvar,
 }
@@ -43,9 +41,8 @@ enum Wish {
 }
 
 impl Departure {
-    /// `may_leave`: SIGTERM means to leave without unmounting.
-    pub(super) fn new(link: Arc<KeeperLink>, may_leave: bool) -> Self {
-        Departure { link, may_leave, asked: Mutex::new(None), changed: Condvar::new() }
+    pub(super) fn new(link: Arc<KeeperLink>) -> Self {
+        Departure { link, asked: Mutex::new(None), changed: Condvar::new() }
     }
 
     /// The keeper's process.
@@ -58,9 +55,9 @@ impl Departure {
         self.wish(Wish::Unmount);
     }
 
-    /// A signal arrived, SIGTERM or another one.
-    pub(super) fn signalled(&self, sigterm: bool) {
-        self.wish(if sigterm && self.may_leave { Wish::Leave } else { Wish::Unmount });
+    /// Leave the mount as it is, to the next server.
+    pub(super) fn ask_to_leave(&self) {
+        self.wish(Wish::Leave);
     }
 
     fn wish(&self, wish: Wish) {

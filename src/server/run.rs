@@ -60,9 +60,8 @@ fn serve(link: &Arc<KeeperLink>) -> Result<()> {
         targets.push(one.parked_target.take());
         volumes.push(volume(&config, one));
     }
-    let departure = Departure::new(link.clone(), may_leave);
     let mut taken_over = first.then_some(taken_over);
-    let result = run(link, &config, ledger.clone(), volumes, targets, departure, &mut taken_over);
+    let result = run(link, &config, ledger.clone(), volumes, targets, may_leave, &mut taken_over);
     if let Some(taken_over) = taken_over {
         taken_over.give_back(&ledger);
     }
@@ -209,18 +208,19 @@ fn run(
     ledger: Arc<Ledger>,
     volumes: Vec<Arc<Volume>>,
     targets: Vec<Option<OwnedFd>>,
-    departure: Departure,
+    may_leave: bool,
     taken_over: &mut Option<TakenOver>,
 ) -> Result<()> {
-    let server = Server::new(config.clone(), volumes.clone(), ledger, departure);
+    let server = Server::new(config.clone(), volumes.clone(), ledger, Departure::new(link.clone()));
     if !config.read_only {
         server.find_unfinished(targets, taken_over.is_some());
     }
     let control = ControlServer::start(&config.control, server.clone())?;
     let connection = link.opened()?;
     let disks = Disks { layout: config.layout, volumes: volumes.clone() };
+    let may_leave = may_leave && connection.negotiated.has_resend();
     let session = ServingSession::start(connection, disks, threads())?;
-    start_departure(&server)?;
+    start_departure(&server, may_leave)?;
     publish(&server);
     let published = server.clone();
     link.watch(move || publish(&published));
@@ -263,14 +263,19 @@ fn threads() -> usize {
     std::thread::available_parallelism().map_or(4, |cores| (cores.get() * 2).clamp(4, 16))
 }
 
-/// Signals and `quit` end the mount from a thread that may wait.
-fn start_departure(server: &Arc<Server>) -> Result<()> {
+/// Signals and `quit` end the mount from a thread that may wait. `may_leave`: SIGTERM means to leave without unmounting.
+fn start_departure(server: &Arc<Server>, may_leave: bool) -> Result<()> {
     let failed = |error: std::io::Error| Error::io("cannot watch for signals", &error);
     let mut signals = signal_hook::iterator::Signals::new([SIGTERM, SIGINT]).map_err(failed)?;
     let asked = server.clone();
     std::thread::Builder::new()
         .name("signals".into())
-        .spawn(move || signals.forever().for_each(|signal| asked.departure.signalled(signal == SIGTERM)))
+        .spawn(move || {
+            signals.forever().for_each(|signal| match signal {
+                SIGTERM if may_leave => asked.departure.ask_to_leave(),
+                _ => asked.departure.ask(),
+            });
+        })
         .map_err(failed)?;
     let leaving = server.clone();
     std::thread::Builder::new()

@@ -5,8 +5,9 @@
 //!
 //! Whether there is a store is said by FDSTORE: systemd 254 and later sets it, the unit file does for those before.
 
+use std::cell::Cell;
 use std::io::IoSlice;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::time::Duration;
@@ -24,6 +25,8 @@ const SETTLES_WITHIN_MS: u16 = 5_000;
 /// The way to the service manager.
 pub(super) struct Manager {
     socket: UnixDatagram,
+    /// It did not read its messages in time: it is not waited for again until it does.
+    is_deaf: Cell<bool>,
 }
 
 /// True if the service manager says that it keeps descriptors for this service.
@@ -36,9 +39,9 @@ impl Manager {
     pub(super) fn from_environment() -> Option<Manager> {
         let name = std::env::var_os("NOTIFY_SOCKET")?;
         match connect(name.as_encoded_bytes()) {
-            Ok(socket) => Some(Manager { socket }),
+            Ok(socket) => Some(Manager { socket, is_deaf: Cell::new(false) }),
             Err(error) => {
-                log::warn!("the service manager's socket {} cannot be used: {error}", name.display());
+                log::warn!("the service manager's socket {} cannot be used: {error}", name.to_string_lossy());
                 None
             }
         }
@@ -70,9 +73,9 @@ impl Manager {
         let settled = || -> std::io::Result<bool> {
             // It closes its end when it comes to this message.
             let (ours, theirs) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
-            self.send("BARRIER=1", Some(std::os::fd::AsFd::as_fd(&theirs)))?;
+            self.send("BARRIER=1", Some(theirs.as_fd()))?;
             drop(theirs);
-            let mut polled = [PollFd::new(std::os::fd::AsFd::as_fd(&ours), PollFlags::empty())];
+            let mut polled = [PollFd::new(ours.as_fd(), PollFlags::empty())];
             Ok(poll(&mut polled, PollTimeout::from(SETTLES_WITHIN_MS))? > 0)
         };
         match settled() {
@@ -88,7 +91,11 @@ impl Manager {
         let control = if numbers.is_empty() { &control[..0] } else { &control[..] };
         loop {
             let parts = [IoSlice::new(text.as_bytes())];
-            match sendmsg::<()>(self.socket.as_raw_fd(), &parts, control, MsgFlags::MSG_NOSIGNAL, None) {
+            let mut flags = MsgFlags::MSG_NOSIGNAL;
+            flags.set(MsgFlags::MSG_DONTWAIT, self.is_deaf.get());
+            let sent = sendmsg::<()>(self.socket.as_raw_fd(), &parts, control, flags, None);
+            self.is_deaf.set(sent == Err(Errno::EAGAIN));
+            match sent {
                 Ok(_) => return Ok(()),
                 Err(Errno::EINTR) => {}
                 Err(errno) => return Err(errno.into()),

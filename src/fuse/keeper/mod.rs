@@ -51,6 +51,9 @@ use crate::sys::shared_page::SharedPage;
 
 /// The version of this program.
 const VERSION: &str = env!("CARGO_PKG_VERSION");
+/// The exit code of a keeper that has left its mount to the service manager. It is not 0: a manager that did not ask for a restart starts
+/// the next keeper all the same, instead of closing everything.
+pub const LEFT_TO_MANAGER: u8 = 75;
 /// This very program, whatever has become of its file.
 const THIS_PROGRAM: &str = "/proc/self/exe";
 
@@ -261,9 +264,10 @@ impl<'a> Keeper<'a> {
             self.leave_to_manager();
             return Ok(());
         }
+        // To a server SIGTERM may mean to leave the mount as it is.
         match &self.server {
-            Some(server) if server.serving_since.is_some() => server.process.signal(signal),
-            _ => self.held_signal = Some(signal),
+            Some(server) if server.serving_since.is_some() => server.process.signal(Signal::SIGINT),
+            _ => self.held_signal = Some(Signal::SIGINT),
         }
         Ok(())
     }
@@ -292,7 +296,8 @@ impl<'a> Keeper<'a> {
             }
             // That there is no server any more.
             self.say();
-            return;
+            // However this process came to be the keeper.
+            std::process::exit(i32::from(LEFT_TO_MANAGER));
         }
         if let Some(helper) = self.helper.take() {
             helper.dismiss(result.is_err());

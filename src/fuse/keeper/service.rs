@@ -7,7 +7,8 @@
 //! next start:   the store is there (`restart`): goes on
 //! ```
 //!
-//! Without a store it only says when it is ready, and SIGTERM is like SIGINT.
+//! Without a store it only says when it is ready, and SIGTERM is like SIGINT. What a clean restart does is done for the next start's
+//! sake only: the store is up to date at each moment, so that any death is followed by the same start.
 
 use nix::sys::signal::Signal;
 

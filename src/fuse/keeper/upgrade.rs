@@ -183,7 +183,8 @@ impl Keeper<'_> {
 
     /// The new server was asked something. If it has died of it, that shows next; if it hangs on an image, so would any.
     pub(super) fn on_proven(&mut self) {
-        let lives = self.server.as_ref().is_some_and(|server| matches!(server.process.try_reap(), Ok(None)));
+        let lives =
+            !self.leaving && self.server.as_ref().is_some_and(|server| matches!(server.process.try_reap(), Ok(None)));
         if lives && self.upgrading.as_ref().is_some_and(|upgrading| matches!(upgrading.stage, Stage::Proving)) {
             self.become_new();
         }

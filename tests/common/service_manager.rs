@@ -166,17 +166,16 @@ impl ServiceManager {
     pub fn kept(&self) -> Vec<String> {
         self.catch_up();
         let state = self.state.lock().expect("state");
-        let plain = |kept: &Kept| kept.name.trim_end_matches(|c: char| c.is_ascii_digit() || c == '-').to_owned();
-        let mut names: Vec<String> = state.store.iter().map(plain).collect();
+        let mut names: Vec<String> = state.store.iter().map(|kept| plain(&kept.name).to_owned()).collect();
         names.sort();
         names
     }
 
-    /// Puts something in the store in the place of what has that name; what was there.
+    /// Puts something in the store in the place of what has that name, with or without its number; what was there.
     pub fn replace(&mut self, name: &str, by: Option<OwnedFd>) -> Option<OwnedFd> {
         self.catch_up();
         let mut state = self.state.lock().expect("state");
-        let at = state.store.iter().position(|kept| kept.name == name);
+        let at = state.store.iter().position(|kept| kept.name == name || plain(&kept.name) == name);
         let old = at.map(|at| state.store.remove(at).descriptor);
         let new = by.map(|descriptor| Kept { name: name.to_owned(), descriptor, watched: false });
         state.store.extend(new);
@@ -221,6 +220,11 @@ impl Drop for ServiceManager {
             let _ = own.send_to(b"X_END=1", &self.socket);
         }
     }
+}
+
+/// A name without its number.
+fn plain(name: &str) -> &str {
+    name.trim_end_matches(|c: char| c.is_ascii_digit() || c == '-')
 }
 
 fn has_error(kept: &Kept) -> bool {

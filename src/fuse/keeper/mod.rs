@@ -290,14 +290,19 @@ impl<'a> Keeper<'a> {
 
     /// Removes what this keeper made, and tells whoever waits.
     fn leave(&mut self, result: &Result<()>) {
-        if self.leaving && result.is_ok() && self.kept.as_ref().is_some_and(|kept| !connection_ended(&kept.fd)) {
+        let lives = self.kept.as_ref().is_some_and(|kept| !connection_ended(&kept.fd));
+        // Where this keeper cannot go on the next one may: the manager starts it, as it does after any death.
+        if lives && self.ready && self.is_kept_by_manager() && (self.leaving || result.is_err()) {
             if let Some(helper) = self.helper.take() {
                 helper.abandon();
             }
-            // That there is no server any more.
+            // Whether there is a server still.
             self.say();
-            // However this process came to be the keeper.
-            std::process::exit(i32::from(LEFT_TO_MANAGER));
+            if result.is_ok() {
+                // However this process came to be the keeper.
+                std::process::exit(i32::from(LEFT_TO_MANAGER));
+            }
+            return;
         }
         if let Some(helper) = self.helper.take() {
             helper.dismiss(result.is_err());

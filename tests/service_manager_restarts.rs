@@ -115,6 +115,7 @@ fn what_is_kept_is_up_to_date() {
     mounted.mirror(&b, &["--speed", "1K"]);
     assert_eq!(images(&manager.kept()), 2 * images(&alone), "the target's, too");
     manager.restart();
+    assert!(manager.log().contains("job a.img: suspended with the mount"), "{}", manager.log());
     assert_eq!(images(&manager.kept()), 2 * images(&alone));
     assert!(!leftovers::locks_on(&b).is_empty());
     mounted.verb::<OsString>("cancel", []).ok();

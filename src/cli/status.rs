@@ -13,6 +13,7 @@ use super::units;
 use crate::control::backend::{GuestTraffic, MountStatus, VolumeStatus};
 use crate::dirty::intent::{JobId, marked_bytes};
 use crate::error::{Error, ErrorKind, Result};
+use crate::fuse::lingering;
 use crate::mirror::types::{LastMirror, MirrorResult};
 use crate::server::config::MountConfig;
 use crate::state::keeper_file;
@@ -124,6 +125,15 @@ fn store_and_state(found: &Found) -> Result<(Store, MountState)> {
 
 /// What becomes of a mount whose server does not answer.
 fn what_is_tried(status: &MountStatus) -> String {
+    let killed = status.server_pid.and_then(|server| Some((server, lingering::look(server)?)));
+    if let Some((server, left)) = killed {
+        let next =
+            if status.keeper_pid.is_some() { "the next server starts" } else { "`livemirror mount` can mount again" };
+        return format!(
+            "server {server} was killed, and {left}; what it was writing may land until then. {next} only after it: whoever uses \
+             the disks waits"
+        );
+    }
     let why = status.last_exit.as_deref().map(|exit| format!(" (the last server {exit})")).unwrap_or_default();
     match (status.server_pid, status.keeper_pid) {
         (None, Some(keeper)) => format!(

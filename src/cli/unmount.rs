@@ -151,12 +151,16 @@ fn recorded(found: &Found) -> Vec<u32> {
     record.map_or_else(Vec::new, |record| std::iter::once(record.server_pid).chain(record.keeper_pid).collect())
 }
 
-/// True if the process runs; one that only waits to be reaped does not.
+/// True if the process runs; one that only waits to be reaped does not. It does as long as one thread of it does: a killed one
+/// may have to wait for a device that does not answer.
 pub fn is_alive(pid: u32) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    // The name, in parentheses, may hold anything.
-    let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
-    state.is_some_and(|state| !matches!(state, 'Z' | 'X'))
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let mut states = threads.filter_map(|thread| {
+        let stat = std::fs::read_to_string(thread.path().join("stat")).ok()?;
+        // The name, in parentheses, may hold anything.
+        stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next())
+    });
+    states.any(|state| !matches!(state, 'Z' | 'X'))
 }
 
 #[cfg(test)]

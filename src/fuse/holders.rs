@@ -60,6 +60,11 @@ pub fn connection_is_kept(mount: &MountEntry) -> Option<bool> {
     (told || kernel_tells()).then_some(false)
 }
 
+/// The first process that has the connection of `mount` open.
+pub fn keeper_of_connection(mount: &MountEntry) -> Option<u32> {
+    numbered("/proc").into_iter().find(|process| connections(*process).any(|one| one == u64::from(mount.minor)))
+}
+
 /// True unless `process` is seen not to have the connection of `mount` open.
 pub fn may_keep(process: u32, mount: &MountEntry) -> bool {
     let mut connections = connections(process).peekable();
@@ -68,8 +73,8 @@ pub fn may_keep(process: u32, mount: &MountEntry) -> bool {
 
 /// The FUSE connections that a process has open, as far as the kernel tells.
 fn connections(process: u32) -> impl Iterator<Item = u64> {
-    links(process).filter(|(_, link)| link.as_bytes() == b"/dev/fuse").filter_map(move |(number, _)| {
-        let info = fs::read_to_string(format!("/proc/{process}/fdinfo/{number}")).unwrap_or_default();
+    links(process).filter(|(link, _)| link.as_bytes() == b"/dev/fuse").filter_map(|(_, info)| {
+        let info = fs::read_to_string(info).unwrap_or_default();
         info_field(&info, "fuse_connection:")
     })
 }
@@ -85,12 +90,28 @@ fn numbered(directory: &str) -> Vec<u32> {
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
 }
 
-/// Each descriptor of a process with what it points to.
-fn links(process: u32) -> impl Iterator<Item = (u32, std::ffi::OsString)> {
-    let directory = format!("/proc/{process}/fd");
-    numbered(&directory).into_iter().filter_map(move |number| {
-        let link = fs::read_link(format!("{directory}/{number}")).ok()?;
-        Some((number, link.into_os_string()))
+/// Where the descriptors of a process are listed, and their numbers. Those of one that was killed while a thread of it hangs in the
+/// kernel show with that thread only: its first thread has ended.
+fn descriptors(process: u32) -> (String, Vec<u32>) {
+    let listed = |directory: String| {
+        let numbers = numbered(&format!("{directory}/fd"));
+        (directory, numbers)
+    };
+    let of_process = listed(format!("/proc/{process}"));
+    if !of_process.1.is_empty() {
+        return of_process;
+    }
+    let threads = numbered(&format!("/proc/{process}/task")).into_iter();
+    let mut of_threads = threads.map(|thread| listed(format!("/proc/{process}/task/{thread}")));
+    of_threads.find(|(_, numbers)| !numbers.is_empty()).unwrap_or(of_process)
+}
+
+/// Of each descriptor of a process what it points to, and what the kernel tells of it.
+fn links(process: u32) -> impl Iterator<Item = (std::ffi::OsString, String)> {
+    let (directory, numbers) = descriptors(process);
+    numbers.into_iter().filter_map(move |number| {
+        let link = fs::read_link(format!("{directory}/fd/{number}")).ok()?;
+        Some((link.into_os_string(), format!("{directory}/fdinfo/{number}")))
     })
 }
 
@@ -105,10 +126,11 @@ fn command_name(pid: u32) -> String {
 
 fn process_holds(pid: u32, mount: &MountEntry, found: &mut BTreeSet<(u32, String)>) {
     let shown = |link: &OsStr| link.to_string_lossy().into_owned();
-    for number in numbered(&format!("/proc/{pid}/fdinfo")) {
-        let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{number}")).unwrap_or_default();
+    let (directory, numbers) = descriptors(pid);
+    for number in numbers {
+        let info = fs::read_to_string(format!("{directory}/fdinfo/{number}")).unwrap_or_default();
         if info_field(&info, "mnt_id:") == Some(mount.mount_id) {
-            let link = fs::read_link(format!("/proc/{pid}/fd/{number}")).unwrap_or_else(|_| mount.mountpoint.clone());
+            let link = fs::read_link(format!("{directory}/fd/{number}")).unwrap_or_else(|_| mount.mountpoint.clone());
             found.insert((pid, shown(link.as_os_str())));
         }
     }

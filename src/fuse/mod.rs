@@ -27,6 +27,7 @@ pub mod init;
 pub mod keeper;
 pub mod keeper_link;
 pub mod launch;
+pub mod lingering;
 pub mod link;
 pub mod mount;
 pub mod mountinfo;

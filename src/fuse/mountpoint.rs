@@ -5,7 +5,7 @@ use std::path::Path;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::mount::{How, Point};
 use crate::fuse::mountinfo::{MountEntry, MountTable, Place, text};
-use crate::fuse::{helpers, holders};
+use crate::fuse::{helpers, holders, lingering};
 use crate::server::config::Layout;
 
 /// Checks that `mountpoint` can take a mount: an empty directory, or a regular file. A mount of ours that a crash left there
@@ -21,6 +21,9 @@ pub fn inspect(mountpoint: &Path) -> Result<Layout> {
         match table.locate(mountpoint)? {
             Place::Ours(entry, rest) if rest.as_os_str().is_empty() => {
                 if is_alive(&entry) {
+                    if let Some(error) = killed_server(&entry) {
+                        return Err(error);
+                    }
                     return Err(Error::new(
                         ErrorKind::Exists,
                         format!("already mounted: {shown} is a livemirror mount of {}", entry.fsname.to_string_lossy()),
@@ -87,6 +90,15 @@ pub fn is_alive(entry: &MountEntry) -> bool {
         Some(libc::EACCES) => kept.is_none() || !nix::unistd::geteuid().is_root(),
         _ => true,
     }
+}
+
+/// The error for a mount of which nothing is left but a server that was killed and cannot end yet.
+fn killed_server(entry: &MountEntry) -> Option<Error> {
+    let server = holders::keeper_of_connection(entry)?;
+    let left = lingering::look(server)?;
+    let what = format!("the server (pid {server}) was killed, and {left}: the mount ends only then,");
+    let advice = "what it was writing may land until then: mount again after it";
+    Some(Error::new(ErrorKind::Exists, what).on(entry.mountpoint.display().to_string()).advise(advice))
 }
 
 /// Detaches a stale mount of ours.

@@ -20,6 +20,7 @@ pub mod pattern;
 pub mod place;
 pub mod qmp;
 pub mod random;
+pub mod remote;
 pub mod service_manager;
 pub mod space;
 pub mod tree;

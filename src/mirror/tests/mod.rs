@@ -4,6 +4,7 @@ mod converges;
 mod cuts_over;
 mod ends;
 mod meets_errors;
+mod meets_every_error;
 mod verifies;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};

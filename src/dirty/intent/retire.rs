@@ -24,8 +24,10 @@ use super::writer::{Health, Queue};
 
 /// A region in which a guest's write ended less than so many seconds ago stays marked: it is likely to be written again.
 pub const HOT_SECONDS: u32 = 30;
-/// How long to wait before looking again at regions that were dirty.
+/// How long to wait before looking again at regions that were dirty ...
 const PASS_INTERVAL: Duration = Duration::from_secs(1);
+/// ... and at first, then twice as long each time: what was copied is not copied again even if servers are killed many times a second.
+const FIRST_INTERVAL: Duration = Duration::from_millis(50);
 
 /// What the end of a bit needs to know of the images. Called on the retirer's thread, without locks held.
 pub trait Clearing: Send + Sync {
@@ -90,7 +92,7 @@ impl Inner {
                     continue;
                 }
                 Look::Hot(seconds) => Duration::from_secs(seconds.into()),
-                Look::Busy => PASS_INTERVAL,
+                Look::Busy => self.interval(),
             };
             next = Next::After(if let Next::After(sooner) = next { sooner.min(wait) } else { wait });
         }
@@ -98,7 +100,13 @@ impl Inner {
         if retiring.is_empty() || self.clear(retiring, clearing) == looked_at {
             return next;
         }
-        Next::After(PASS_INTERVAL)
+        Next::After(self.interval())
+    }
+
+    /// How long to wait after the pass that was begun last.
+    fn interval(&self) -> Duration {
+        let before = self.passes.load(Relaxed).saturating_sub(1).min(16) as u32;
+        FIRST_INTERVAL.saturating_mul(1 << before).min(PASS_INTERVAL)
     }
 
     /// (a)

@@ -40,8 +40,19 @@ fn nothing_is_cleared_when_a_flush_fails() {
     let world = World::new(8);
     let log = world.log_with(Duration::from_secs(60), &[1]);
     world.faults.lock().unwrap().flush = Some(libc::EIO);
-    assert_eq!(log.inner.pass(&*world), retire::Next::After(Duration::from_secs(1)));
+    assert_eq!(log.inner.pass(&*world), retire::Next::After(Duration::from_millis(50)));
     assert_eq!((state(&log, 1), log.syncs(), world.is_durable(1)), (State::Set, 0, true));
+}
+
+/// Servers may be killed often: each must get to clear something of what it has copied.
+#[test]
+fn the_first_looks_come_soon_after_each_other() {
+    let world = World::new(8);
+    let log = world.log_with(Duration::from_secs(60), EVERYTHING);
+    EVERYTHING.iter().for_each(|&region| world.mark_dirty(region));
+    let waits: Vec<_> = (0..7).map(|_| log.inner.pass(&*world)).collect();
+    assert_eq!(waits, [50, 100, 200, 400, 800, 1000, 1000].map(|ms| retire::Next::After(Duration::from_millis(ms))));
+    assert_eq!((log.syncs(), world.flushes.load(SeqCst)), (0, 0), "looks only, where nothing can be cleared");
 }
 
 #[test]

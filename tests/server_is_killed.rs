@@ -30,6 +30,11 @@ fn kills() -> u64 {
     if long() { 50 } else { 10 }
 }
 
+/// How often each of several mounts is to be killed, for [`as_often_as_told`].
+fn told_kills() -> u64 {
+    std::env::var("LIVEMIRROR_KILLS").ok().and_then(|text| text.parse().ok()).unwrap_or(40)
+}
+
 /// How the mount is known to the kernel: another mount at the same place has other words here.
 fn mount_of(mounted: &Mounted) -> String {
     let point = mounted.mountpoint.to_str().expect("UTF-8");
@@ -43,11 +48,19 @@ struct Victim {
     random: Random,
     struck: u64,
     longest_absence: Duration,
+    /// The longest request at each kill.
+    stalls: Vec<Duration>,
 }
 
 impl Victim {
     fn new(mounted: Mounted, seed: u64) -> Victim {
-        Victim { mounted, random: Random::new(seed, 1_000), struck: 0, longest_absence: Duration::ZERO }
+        Victim {
+            mounted,
+            random: Random::new(seed, 1_000),
+            struck: 0,
+            longest_absence: Duration::ZERO,
+            stalls: Vec::new(),
+        }
     }
 
     /// Strikes after a random moment.
@@ -120,7 +133,8 @@ impl Story {
         Story { place, images, table, load, victim: Victim::new(mounted, seed) }
     }
 
-    fn end(self, last: &std::path::Path) {
+    /// Checks every byte. Returns the longest request at each kill.
+    fn end(self, last: &std::path::Path) -> Vec<Duration> {
         let Story { place: _place, table, load, mut victim, .. } = self;
         load.wait_for_more(20);
         let (struck, absent) = (victim.struck, victim.longest_absence);
@@ -132,10 +146,12 @@ impl Story {
         victim.mounted.note_processes();
         victim.mounted.unmount();
         table.assert_on(last);
+        victim.stalls
     }
 }
 
-fn while_mirroring(mode: &str, habits: Habits) {
+/// Kills the server `kills` times, then during a cutover, then once more. Returns the longest request at each of the first.
+fn while_mirroring(mode: &str, habits: Habits, kills: u64) -> Vec<Duration> {
     let mut story = Story::start(habits);
     let victim = &mut story.victim;
     let before = mount_of(&victim.mounted);
@@ -143,10 +159,14 @@ fn while_mirroring(mode: &str, habits: Habits) {
     let inode = held.metadata().expect("fstat").ino();
     victim.mounted.mirror(&story.images[1], &["--copy-mode", mode, "--speed", "12M"]);
     let mut reported = 0;
-    while victim.struck < kills() {
+    while victim.struck < kills {
+        story.load.longest_since();
         reported = victim.mounted.job()["copied_bytes"].as_u64().expect("a count").max(reported);
         victim.strike(Signal::SIGKILL);
         let job = victim.mirror_again();
+        // Who waited has its answer.
+        story.load.wait_for_more(4 * habits.depth as u64);
+        victim.stalls.push(story.load.longest_since());
         let copied = job["copied_bytes"].as_u64().expect("a count");
         assert!(copied >= reported, "{reported} bytes were reported as copied, now {copied}");
         assert_eq!((&job["copy_mode"], &job["speed"]), (&Value::from(mode), &Value::from(12 << 20)), "{job}");
@@ -163,22 +183,47 @@ fn while_mirroring(mode: &str, habits: Habits) {
     assert_eq!(held.metadata().expect("fstat").ino(), inode);
     drop(held);
     let last = story.images[1].clone();
-    story.end(&last);
+    story.end(&last)
 }
 
 #[test]
 fn under_small_writes_in_background_mode() {
-    while_mirroring("background", Habits { depth: 8, ..Habits::small() });
+    while_mirroring("background", Habits { depth: 8, ..Habits::small() }, kills());
 }
 
 #[test]
 fn under_large_writes_in_write_blocking_mode() {
-    while_mirroring("write-blocking", Habits { depth: 4, ..Habits::large() });
+    while_mirroring("write-blocking", Habits { depth: 4, ..Habits::large() }, kills());
 }
 
 #[test]
 fn under_mixed_writes_in_auto_mode() {
-    while_mirroring("auto", Habits { depth: 8, ..Habits::default() });
+    while_mirroring("auto", Habits { depth: 8, ..Habits::default() }, kills());
+}
+
+/// `benches/kills.sh`: many kills, each mount's last ones during and after a cutover, and how long requests took then.
+#[test]
+#[ignore = "long; benches/kills.sh runs it"]
+fn as_often_as_told() {
+    let loads = [
+        ("4 KiB", "background", Habits { depth: 8, ..Habits::small() }),
+        ("1 MiB", "write-blocking", Habits { depth: 4, ..Habits::large() }),
+        ("4 to 32 KiB", "auto", Habits { depth: 8, ..Habits::default() }),
+    ];
+    for (requests, mode, habits) in loads {
+        let mut stalls = Vec::new();
+        let mut left = told_kills();
+        while left > 0 {
+            // A mount lives through so many.
+            let kills = left.min(25);
+            stalls.extend(while_mirroring(mode, habits, kills));
+            left -= kills;
+        }
+        stalls.sort();
+        let [median, late, longest] =
+            [50, 99, 100].map(|percent| stalls[(stalls.len() - 1) * percent / 100].as_millis());
+        println!("| {requests} | {mode} | {} | {median} | {late} | {longest} | 0 | 0 |", told_kills());
+    }
 }
 
 /// Whichever way it dies.

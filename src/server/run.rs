@@ -19,6 +19,7 @@ use super::elsewhere::{TakenOver, take_over};
 use super::ledger::{Ledger, parking_name};
 use super::opening::{OpenedVolume, open_again, open_first};
 use super::pairing::look_at_source;
+use super::phases::Phases;
 use crate::control::device_names;
 use crate::control::server::ControlServer;
 use crate::error::{Error, ErrorKind, Result};
@@ -51,9 +52,12 @@ pub fn main() -> u8 {
 }
 
 fn serve(link: &Arc<KeeperLink>) -> Result<()> {
+    let mut phases = Phases::new();
     let start = link.receive_start()?;
     let (config, first, may_leave) = (start.config.clone(), start.first, start.kept_by_manager);
+    phases.end("told");
     let Prepared { ledger, opened, new_state, taken_over } = prepare(link, start)?;
+    phases.end("images open");
     let mut targets = Vec::new();
     let mut volumes = Vec::new();
     for mut one in opened {
@@ -61,7 +65,8 @@ fn serve(link: &Arc<KeeperLink>) -> Result<()> {
         volumes.push(volume(&config, one));
     }
     let mut taken_over = first.then_some(taken_over);
-    let result = run(link, &config, ledger.clone(), volumes, targets, may_leave, &mut taken_over);
+    let begun = Begun { may_leave, taken_over: &mut taken_over, phases };
+    let result = run(link, &config, ledger.clone(), volumes, targets, begun);
     if let Some(taken_over) = taken_over {
         taken_over.give_back(&ledger);
     }
@@ -72,6 +77,15 @@ fn serve(link: &Arc<KeeperLink>) -> Result<()> {
         let _ = std::fs::remove_dir(&config.state_dir);
     }
     result
+}
+
+/// How a server has begun.
+struct Begun<'a> {
+    /// The mount can do without a server for a while.
+    may_leave: bool,
+    /// Of the first server of a mount; taken once it serves.
+    taken_over: &'a mut Option<TakenOver>,
+    phases: Phases,
 }
 
 /// What is opened and recorded before anything is mounted.
@@ -208,18 +222,22 @@ fn run(
     ledger: Arc<Ledger>,
     volumes: Vec<Arc<Volume>>,
     targets: Vec<Option<OwnedFd>>,
-    may_leave: bool,
-    taken_over: &mut Option<TakenOver>,
+    begun: Begun<'_>,
 ) -> Result<()> {
+    let Begun { may_leave, taken_over, mut phases } = begun;
     let server = Server::new(config.clone(), volumes.clone(), ledger, Departure::new(link.clone()));
     if !config.read_only {
         server.find_unfinished(targets, taken_over.is_some());
+        phases.end("mirrors found");
     }
     let control = ControlServer::start(&config.control, server.clone())?;
     let connection = link.opened()?;
+    phases.end("connected");
     let disks = Disks { layout: config.layout, volumes: volumes.clone() };
     let may_leave = may_leave && connection.negotiated.has_resend();
     let session = ServingSession::start(connection, disks, threads())?;
+    phases.end("serving");
+    log::debug!("started in {phases}");
     start_departure(&server, may_leave)?;
     publish(&server);
     let published = server.clone();

@@ -251,6 +251,7 @@ struct Shared {
     stop: AtomicBool,
     writes: AtomicU64,
     longest_us: AtomicU64,
+    since_us: AtomicU64,
 }
 
 impl Load {
@@ -262,6 +263,7 @@ impl Load {
             stop: AtomicBool::new(false),
             writes: AtomicU64::new(0),
             longest_us: AtomicU64::new(0),
+            since_us: AtomicU64::new(0),
         });
         let threads = (0..habits.depth).map(|number| {
             let flags = if habits.direct { libc::O_DIRECT } else { 0 };
@@ -280,6 +282,11 @@ impl Load {
     /// Acknowledged writes so far.
     pub fn writes(&self) -> u64 {
         self.shared.writes.load(Ordering::SeqCst)
+    }
+
+    /// The longest time that a request took since this was asked last.
+    pub fn longest_since(&self) -> Duration {
+        Duration::from_micros(self.shared.since_us.swap(0, Ordering::SeqCst))
     }
 
     /// Waits until `count` more writes were acknowledged: the load is really going on at this point of the test.
@@ -342,7 +349,9 @@ impl Writer<'_> {
                 self.write(first, count)?;
                 self.shared.writes.fetch_add(1, Ordering::SeqCst);
             }
-            self.shared.longest_us.fetch_max(start.elapsed().as_micros() as u64, Ordering::SeqCst);
+            let took = start.elapsed().as_micros() as u64;
+            self.shared.longest_us.fetch_max(took, Ordering::SeqCst);
+            self.shared.since_us.fetch_max(took, Ordering::SeqCst);
             if !self.habits.rest.is_zero() {
                 std::thread::sleep(self.habits.rest);
             }

@@ -11,7 +11,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::backend::{Backend, SubscriptionId};
 use super::errors::{Class, QmpError};
@@ -19,7 +19,7 @@ use super::events::{Audience, Peer};
 use super::outbox::Outbox;
 use super::{commands, connection, wire};
 use crate::error::{Error, ErrorKind, Result};
-use crate::sync::{Arc, Condvar, Mutex, wait_until};
+use crate::sync::{Arc, Condvar, Instant, Mutex, wait_until};
 
 /// How many clients may be connected at once.
 pub const CONNECTIONS_MAX: usize = 32;

@@ -21,11 +21,10 @@
 //! Lock order: the map's mutex is a leaf. Nothing is called while it is held but the `stop` of [`DirtyMap::wait_for_work`].
 
 use std::fmt;
-use std::time::Instant;
 
 use crate::range::{ByteRange, Granularity, Granule};
 use crate::sync::atomic::{AtomicUsize, Ordering::SeqCst};
-use crate::sync::{Arc, Condvar, Mutex, wait_until};
+use crate::sync::{Arc, Condvar, Instant, Mutex, wait_until};
 
 use super::bits::BitTree;
 use super::busy::{Busy, touched_granules};

@@ -14,7 +14,7 @@ use super::{Attributes, Extent, ExtentStatus, Format, Identity, Image, Propertie
 use crate::error::{Error, ErrorKind, Result};
 use crate::range::ByteRange;
 use crate::sync::atomic::{AtomicU64, Ordering};
-use crate::sync::{Arc, RwLock};
+use crate::sync::{Arc, RwLock, RwLockWriteGuard};
 
 /// What a [`MemoryImage`] can do. The default can do everything.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,7 +91,7 @@ impl MemoryImage {
         self.content.write().capacity_bytes = capacity_bytes;
     }
 
-    fn change(&self, what: &str, range: ByteRange) -> Result<parking_lot::RwLockWriteGuard<'_, Pages>> {
+    fn change(&self, what: &str, range: ByteRange) -> Result<RwLockWriteGuard<'_, Pages>> {
         let content = self.content.write();
         if !self.options.writable {
             return Err(Error::new(ErrorKind::ReadOnly, format!("cannot {what} read-only image")).on(&self.name));

@@ -1,15 +1,15 @@
 //! What the intent log asks of a job before it clears a region's bit (rule 2).
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use std::sync::atomic::Ordering::SeqCst;
+use crate::sync::atomic::Ordering::SeqCst;
 
 use super::job::{Job, Live};
 use super::types::Operation;
 use crate::dirty::Clearing;
 use crate::error::{Error, Result};
 use crate::range::ByteRange;
-use crate::sync::Arc;
+use crate::sync::{Arc, Instant};
 
 /// A flush of the target that takes longer is not waited for: nothing is cleared, and it is asked again later.
 const FLUSH_PATIENCE: Duration = Duration::from_secs(30);

@@ -9,7 +9,7 @@
 //!
 //! A claim never sleeps. What was learnt of the source before a bit was cleared is not used after.
 
-use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use crate::sync::atomic::Ordering::{Relaxed, SeqCst};
 
 use super::job::{Job, Live};
 use super::share::share;

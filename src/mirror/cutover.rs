@@ -10,16 +10,16 @@
 //! lowered, the job goes on copying, the caller tries again. If the rename itself fails, nobody knows which record a restart
 //! would find: guests' writes then go to both images until a record is durable (rule 15).
 
+use crate::sync::atomic::Ordering::SeqCst;
 use std::cell::Cell;
-use std::sync::atomic::Ordering::SeqCst;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 pub use super::commit::{CommitFailure, Committer, Ending, PreparedRecord, Switch};
 use super::job::{Job, Live, Verdict};
 use super::types::{JobStatus, Operation};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Image, check_in_place};
-use crate::sync::{Arc, Mutex, MutexGuard, wait_until};
+use crate::sync::{Arc, Instant, Mutex, MutexGuard, thread, wait_until};
 use crate::volume::barrier::Raised;
 
 /// The pause that is allowed where nothing else is told.
@@ -134,7 +134,7 @@ impl Cutovers {
                 frozen.for_good();
                 break;
             }
-            std::thread::sleep(SETTLE_EVERY);
+            thread::sleep(SETTLE_EVERY);
         }
         Error::not_now(error.to_string())
     }
@@ -156,7 +156,7 @@ impl Cutovers {
         drop(barriers);
         let pause_ms = raised_at.elapsed().as_secs_f64() * 1e3;
         loop {
-            std::thread::sleep(SETTLE_EVERY);
+            thread::sleep(SETTLE_EVERY);
             let Some(barriers) =
                 participants.iter().map(|one| one.job.volume.raise_barrier(None)).collect::<Option<Vec<_>>>()
             else {

@@ -1,13 +1,13 @@
 //! The end of a job: threads, tracking, images, the target that nobody wants, and the events in QEMU's order.
 
-use std::sync::atomic::Ordering::SeqCst;
-use std::time::{Duration, Instant, SystemTime};
+use crate::sync::atomic::Ordering::SeqCst;
+use std::time::Duration;
 
 use super::info::describe;
 use super::job::{Job, Live, Verdict};
 use super::types::{JobEvent, JobStatus, LastMirror, MirrorResult};
 use crate::image::Image;
-use crate::sync::{Arc, wait_until};
+use crate::sync::{Arc, Instant, SystemTime, thread, wait_until};
 
 /// How long the end of a job waits for its copiers. One that hangs in the target's store is left behind: it keeps its range,
 /// its buffer and the target's lock until it returns (rule 14).
@@ -42,7 +42,7 @@ pub(super) fn conclude(job: &Arc<Job>, live: Live, verdict: Verdict) {
                 }
                 break;
             }
-            std::thread::sleep(BARRIER_PATIENCE);
+            thread::sleep(BARRIER_PATIENCE);
         }
     }
     live.tracking.queue().close();

@@ -1,11 +1,12 @@
 //! What an error does to a job: the policies of QEMU's `BlockdevOnError`, with back-off where QEMU has none.
 
-use std::sync::atomic::Ordering::{Relaxed, SeqCst};
-use std::time::{Duration, Instant};
+use crate::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::time::Duration;
 
 use super::job::{Job, Verdict};
 use super::types::{CopyMode, ErrorAction, ErrorPolicy, IoStatus, JobEvent, Operation};
 use crate::error::{Error, ErrorKind};
+use crate::sync::Instant;
 use crate::volume::tracking::TargetObserver;
 
 /// The first wait under `ignore`; doubles up to [`BACK_OFF_MAX`].

@@ -1,6 +1,6 @@
 //! The picture of a job that `status` and the QMP queries show.
 
-use std::sync::atomic::Ordering::Relaxed;
+use crate::sync::atomic::Ordering::Relaxed;
 
 use super::job::{Job, Live, State};
 use super::types::JobInfo;

@@ -6,9 +6,8 @@
 //! Lock order: `live` and `state` are leaves, never held while an image, the barrier or a listener is called; events are emitted
 //! by whoever changed the state, in order, through `Job::transition`.
 
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
-use std::time::Instant;
 
 use super::cutover::Cutovers;
 use super::events::EventHub;
@@ -19,7 +18,7 @@ use super::types::{CopyMode, IoStatus, JobEvent, JobInfo, JobProgress, JobStatus
 use crate::dirty::{DirtyMap, IntentLog};
 use crate::error::Error;
 use crate::image::Image;
-use crate::sync::{Arc, Condvar, Mutex};
+use crate::sync::{Arc, Condvar, Instant, Mutex};
 use crate::volume::Volume;
 use crate::volume::target::Target;
 use crate::volume::tracking::Tracking;

@@ -3,9 +3,9 @@
 //! The speed limit charges before a claim is taken (a claim never sleeps) and gives back what turned out to be a hole. Waiting
 //! for it ends at once when the limit changes or the job is told to pause or end.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use crate::sync::{Condvar, Mutex, wait_until};
+use crate::sync::{Condvar, Instant, Mutex, wait_until};
 
 /// A burst of this length may pass at once after an idle time.
 const BURST: Duration = Duration::from_millis(100);

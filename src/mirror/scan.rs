@@ -4,7 +4,7 @@
 //! target held something before: stale data must go (rule 8). The walk clears nothing, so a guest's mark is never lost to it. It
 //! looks at one extent at a time and can be interrupted between any two.
 
-use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use crate::sync::atomic::Ordering::{Relaxed, SeqCst};
 
 use super::job::{Job, Live};
 use crate::image::ExtentStatus;

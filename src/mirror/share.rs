@@ -13,14 +13,14 @@
 //!   shared unless all of it could be overwritten.
 //! - **First pass only.** What guests write later has blocks of its own; copied into the target's own, it is not shared again and again.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::time::{Duration, Instant};
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
 
 use super::job::{Job, Live};
 use crate::dirty::Claim;
 use crate::image::{CopyOffer, ExtentStatus};
 use crate::range::ByteRange;
-use crate::sync::{Mutex, MutexGuard};
+use crate::sync::{Instant, Mutex, MutexGuard};
 
 /// Guests may be kept out for 10 ms; a piece that takes half of that makes the next one smaller, ...
 const HELD_MAX: Duration = Duration::from_millis(5);

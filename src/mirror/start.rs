@@ -1,7 +1,7 @@
 //! The start of a job: tracking on, under the barrier, before anything looks at the source (rule 4).
 
-use std::sync::atomic::AtomicBool;
-use std::time::{Duration, Instant};
+use crate::sync::atomic::AtomicBool;
+use std::time::Duration;
 
 use super::cutover::Cutovers;
 use super::events::EventHub;
@@ -14,7 +14,7 @@ use crate::dirty::{DirtyMap, IntentLog};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Format, Image};
 use crate::range::{ByteRange, Granularity};
-use crate::sync::{Arc, Condvar, Mutex};
+use crate::sync::{Arc, Condvar, Instant, Mutex, thread};
 use crate::volume::Volume;
 use crate::volume::target::Target;
 use crate::volume::tracking::Tracking;
@@ -160,8 +160,7 @@ pub fn start(options: MirrorOptions, setting: Setting, register: impl FnOnce(&Ar
     let supervised = job.clone();
     job.transition(JobStatus::Running);
     job.show_pause();
-    let spawned =
-        std::thread::Builder::new().name("mirror".into()).spawn(move || supervise::run(&supervised, live, marked));
+    let spawned = thread::Builder::new().name("mirror".into()).spawn(move || supervise::run(&supervised, live, marked));
     if let Err(error) = spawned {
         let error = Error::io("cannot start a thread for the mirror", &error);
         if let Some(raised) = volume.raise_barrier(None) {

@@ -1,14 +1,14 @@
 //! The supervisor: one thread a job that turns what happened into states, and sleeps when nothing does.
 
-use std::sync::atomic::Ordering::{Relaxed, SeqCst};
-use std::time::{Duration, Instant};
+use crate::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::time::Duration;
 
 use super::cutover::{Ending, MAX_PAUSE_DEFAULT};
 use super::job::{Job, Live, Verdict, Wish};
 use super::types::{CopyMode, JobEvent, JobStatus, Operation};
 use super::{clearing, copy, end, scan};
 use crate::range::ByteRange;
-use crate::sync::{Arc, wait_until};
+use crate::sync::{Arc, Instant, thread, wait_until};
 use crate::volume::target_queue::Ticket;
 
 /// How often a job that has work looks at itself.
@@ -58,7 +58,7 @@ pub(super) fn run(job: &Arc<Job>, live: Live, parts: Vec<ByteRange>) {
 fn start_thread(job: &Arc<Job>, name: &str, body: impl FnOnce() + Send + 'static) {
     job.state.lock().threads += 1;
     let counted = job.clone();
-    let started = std::thread::Builder::new().name(name.into()).spawn(move || {
+    let started = thread::Builder::new().name(name.into()).spawn(move || {
         body();
         counted.state.lock().threads -= 1;
         counted.notify();

@@ -1,6 +1,6 @@
 //! The verbs of a job: what users may tell it, and when.
 
-use std::sync::atomic::Ordering::SeqCst;
+use crate::sync::atomic::Ordering::SeqCst;
 
 use super::job::{Job, State, Verdict, Wish};
 use super::states::check_verb;

@@ -10,7 +10,7 @@
 //! believed only under the barrier, where no such write is under way. What is never quiet for long enough to be read is counted as
 //! unsettled. Nothing is written, and guests wait for no more than two reads of one block.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -18,6 +18,7 @@ use super::job::{Job, Live};
 use crate::error::{Error, Result};
 use crate::image::{ExtentStatus, Image};
 use crate::range::ByteRange;
+use crate::sync::{Instant, thread};
 
 /// Bytes that are read of each image at a time.
 const PIECE_BYTES: u64 = 256 << 10;
@@ -116,7 +117,7 @@ fn look(job: &Job, live: &Live, piece: ByteRange, buffers: &mut [Vec<u8>; 2]) ->
         if Instant::now() >= deadline {
             return Ok((piece, Found::Unsettled));
         }
-        std::thread::sleep(RETRY);
+        thread::sleep(RETRY);
     }
 }
 

@@ -14,7 +14,7 @@ use crate::control::backend::Holder;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::mountinfo::MountTable;
 use crate::fuse::{KeeperLink, holders};
-use crate::sync::{Arc, Condvar, Mutex, wait_until};
+use crate::sync::{Arc, Condvar, Instant, Mutex, wait_until};
 
 /// How long the end of the mount waits for a mirror to leave a consistent copy.
 pub(super) const JOB_PATIENCE: Duration = Duration::from_secs(10);
@@ -92,7 +92,7 @@ impl Departure {
             if *asked == Some(Wish::Leave) {
                 continue;
             }
-            wait_until(&self.changed, &mut asked, Some(std::time::Instant::now() + RETRY_EVERY));
+            wait_until(&self.changed, &mut asked, Some(Instant::now() + RETRY_EVERY));
         }
     }
 

@@ -2,12 +2,12 @@
 //! the mirror copies. It dates the death of a server (rule 11) and lets the counters go on after it: none ever falls below what was
 //! shown. A mount without a mirror has none: idle, it sleeps.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::backend::Server;
 use crate::state::pair::now_ns;
 use crate::state::{Counts, Pulse};
-use crate::sync::{Condvar, Mutex, wait_until};
+use crate::sync::{Condvar, Instant, Mutex, wait_until};
 
 const EVERY: Duration = Duration::from_secs(1);
 /// How long an answer to `status` waits for the pulse: a state disk that hangs must not keep it.

@@ -3,8 +3,6 @@
 //! Whoever changes it holds `saving` until it is written; whoever only looks takes `state`, under which nothing is waited for: where the
 //! state's disk hangs, `status` answers and guests go on.
 
-use std::time::SystemTime;
-
 use super::opening::locked_descriptor;
 use crate::error::{Error, Result};
 use crate::fuse::KeeperLink;
@@ -12,7 +10,7 @@ use crate::image::{DescriptorRole, Image, sync_parent_directory};
 use crate::mirror::cutover::{CommitFailure, Committer, Ending, PreparedRecord, Switch};
 use crate::mirror::types::{LastMirror, MirrorResult};
 use crate::state::{CommitError, Mark, Marks, MountState, Prepared, Store, VolumeState};
-use crate::sync::{Arc, Mutex};
+use crate::sync::{Arc, Mutex, SystemTime};
 use crate::volume::Volume;
 
 /// See the module.

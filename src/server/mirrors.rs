@@ -1,7 +1,6 @@
 //! The mirrors of a mount: started, resumed, suspended.
 
 use std::os::fd::OwnedFd;
-use std::time::Instant;
 
 use super::backend::Server;
 use super::departure::JOB_PATIENCE;
@@ -19,7 +18,7 @@ use crate::mirror::job::Job;
 use crate::mirror::types::{CancelMode, JobStatus, LastMirror, MirrorOptions, MirrorResult};
 use crate::mirror::{self, Resumed, Setting, default_granularity};
 use crate::state::{MirrorRecord, Stamp, random_id};
-use crate::sync::Arc;
+use crate::sync::{Arc, Instant, SystemTime, thread};
 use crate::volume::Volume;
 
 impl Server {
@@ -115,11 +114,11 @@ impl Server {
         let failed = |error: std::io::Error| Error::io("cannot start a thread", &error);
         let server = self.clone();
         let beat = move || server.heartbeat.run(&server);
-        std::thread::Builder::new().name("pulse".into()).spawn(beat).map_err(failed)?;
+        thread::Builder::new().name("pulse".into()).spawn(beat).map_err(failed)?;
         for left in self.unfinished.lock().clone() {
             let server = self.clone();
             let run = move || left.run(&server);
-            std::thread::Builder::new().name("resume".into()).spawn(run).map_err(failed)?;
+            thread::Builder::new().name("resume".into()).spawn(run).map_err(failed)?;
         }
         Ok(())
     }
@@ -195,7 +194,7 @@ impl Server {
             consistent: false,
             error: None,
             pause_ms: None,
-            ended: humantime::format_rfc3339_seconds(std::time::SystemTime::now()).to_string(),
+            ended: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
         };
         self.ledger.mirror_ended(left.volume.name(), &outcome);
         Ok(())

@@ -10,7 +10,7 @@
 
 use std::os::fd::BorrowedFd;
 use std::path::Path;
-use std::sync::{Weak, mpsc};
+use std::sync::Weak;
 use std::time::Duration;
 
 use super::ledger::Ledger;
@@ -19,7 +19,7 @@ use crate::dirty::intent::Forget;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
 use crate::state::{Marks, MirrorRecord, Observation, PairMark, Stamp};
-use crate::sync::{Arc, Mutex};
+use crate::sync::{Arc, Mutex, mpsc, thread};
 use crate::volume::Volume;
 
 /// How long guests wait for the record to forget a mirror whose log failed, before the images are asked.
@@ -285,7 +285,7 @@ impl Untie {
     fn means(&self, says: &mpsc::Sender<bool>, means: impl FnOnce(&Ledger, &Volume) -> bool + Send + 'static) {
         let (ledger, volume, says) = (self.ledger.clone(), self.volume.clone(), says.clone());
         let tried = move || _ = says.send(means(&ledger, &volume));
-        if let Err(error) = std::thread::Builder::new().name("forget".into()).spawn(tried) {
+        if let Err(error) = thread::Builder::new().name("forget".into()).spawn(tried) {
             log::error!("{}", Error::io("cannot start a thread", &error));
         }
     }

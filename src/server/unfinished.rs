@@ -9,7 +9,7 @@
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::backend::Server;
 use super::ledger::Ledger;
@@ -23,7 +23,7 @@ use crate::mirror::Resumed;
 use crate::mirror::types::JobInfo;
 use crate::range::ByteRange;
 use crate::state::{Counts, MirrorRecord};
-use crate::sync::{Arc, Condvar, Mutex, wait_until};
+use crate::sync::{Arc, Condvar, Instant, Mutex, thread, wait_until};
 use crate::volume::Volume;
 
 /// A target that is not there is looked for after this, then after twice as long, ...
@@ -220,7 +220,7 @@ impl Unfinished {
                 self.volume.end_tracking(&raised);
                 break;
             }
-            std::thread::sleep(BARRIER_PATIENCE);
+            thread::sleep(BARRIER_PATIENCE);
         }
         self.leave();
         self.state.lock().parked = None;

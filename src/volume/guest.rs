@@ -1,6 +1,6 @@
 //! The guest's requests: bounds, sizes and durability. Content goes through [`Volume::modify`].
 
-use std::sync::atomic::Ordering::Relaxed;
+use crate::sync::atomic::Ordering::Relaxed;
 
 use super::{Change, Volume};
 use crate::error::{Error, ErrorKind, Result};

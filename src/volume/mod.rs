@@ -22,8 +22,8 @@ pub mod target_queue;
 mod tests;
 pub mod tracking;
 
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use arc_swap::{ArcSwap, ArcSwapOption};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
 pub use self::attributes::{AttributeChange, DiskAttributes, ShownAttributes};
 use self::barrier::{Barrier, Raised};
@@ -32,7 +32,7 @@ use crate::dirty::IntentLog;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
 use crate::range::ByteRange;
-use crate::sync::{Arc, Mutex, OnceLock};
+use crate::sync::{Arc, Instant, Mutex, OnceLock};
 
 /// How a volume is presented.
 #[derive(Clone, Debug)]
@@ -233,7 +233,7 @@ impl Volume {
     }
 
     /// Raises the barrier: guest writes wait until the result is dropped. `None`: those under way took longer than `deadline`.
-    pub fn raise_barrier(&self, deadline: Option<std::time::Instant>) -> Option<Raised<'_>> {
+    pub fn raise_barrier(&self, deadline: Option<Instant>) -> Option<Raised<'_>> {
         self.barrier.raise(deadline)
     }
 

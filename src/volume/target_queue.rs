@@ -5,14 +5,13 @@
 //! keeps its bytes and its hold on the range until the target has answered, and then marks the range dirty.
 
 use std::collections::VecDeque;
-use std::time::Instant;
 
 use super::Change;
 use super::target::Target;
 use crate::dirty::{DirtyMap, Hold};
 use crate::error::Result;
 use crate::range::ByteRange;
-use crate::sync::{Arc, Condvar, Mutex, wait_until};
+use crate::sync::{Arc, Condvar, Instant, Mutex, thread, wait_until};
 
 /// As many requests as guests can have in flight; a guest that finds the queue full does not wait for the target.
 const WAITING_MAX: usize = 64;
@@ -104,7 +103,7 @@ impl TargetQueue {
         }
         if state.idle <= state.waiting.len() && state.workers < WORKERS_MAX {
             let queue = self.clone();
-            match std::thread::Builder::new().name("target".into()).spawn(move || queue.work()) {
+            match thread::Builder::new().name("target".into()).spawn(move || queue.work()) {
                 Ok(_) => state.workers += 1,
                 Err(error) if state.workers == 0 => {
                     log::warn!("cannot start a thread for the target: {error}");

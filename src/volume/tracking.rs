@@ -12,9 +12,9 @@
 //! - whoever waits for a hold holds nothing: there is no cycle of waiters;
 //! - overlapping guest writes reach both images in one order, since one hold covers both writes.
 
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::Change;
 use super::target::Target;
@@ -22,7 +22,7 @@ use super::target_queue::TargetQueue;
 use crate::dirty::DirtyMap;
 use crate::error::{Error, Result};
 use crate::image::Image;
-use crate::sync::Arc;
+use crate::sync::{Arc, Instant};
 
 /// Hears what guests' writes meet at the target. Called on guests' threads: must be quick and must not wait.
 pub trait TargetObserver: Send + Sync {

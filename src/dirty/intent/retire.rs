@@ -11,12 +11,12 @@
 //! (a) has left a mark that the look after it finds, and one that comes later sets the region back. Dirty is looked at again after
 //! the flush because another flush may have failed meanwhile and made dirty what was written before.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::error::Result;
 use crate::range::ByteRange;
 use crate::sync::atomic::Ordering::Relaxed;
-use crate::sync::{Arc, wait_until};
+use crate::sync::{Arc, Instant, wait_until};
 
 use super::Inner;
 use super::region::State;

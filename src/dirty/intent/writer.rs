@@ -10,11 +10,10 @@
 
 use std::io;
 use std::ops::Range;
-use std::time::Instant;
 
 use crate::error::{Error, ErrorKind};
 use crate::sync::atomic::Ordering::SeqCst;
-use crate::sync::{Arc, MutexGuard, wait_until};
+use crate::sync::{Arc, Instant, MutexGuard, wait_until};
 
 use super::Inner;
 use super::format::{Layout, SECTOR_BYTES, SECTORS_MAX, encode};

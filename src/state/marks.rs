@@ -11,7 +11,7 @@
 //! read and written through a descriptor, an O_PATH one too, and so never at a path that names something else by now.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -21,6 +21,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::image::Identity;
 use crate::sync::Arc;
 
+use super::attributes;
 use super::envelope::Kind;
 use super::files::Directory;
 use super::pair::PairMark;
@@ -84,7 +85,7 @@ impl Marks {
     /// Writing fails for another reason.
     pub fn renew_id(&self, image: BorrowedFd<'_>) -> Result<Option<String>> {
         let id = random_id()?;
-        match xattr::set_deref(by_descriptor(image), ID, id.as_bytes()) {
+        match attributes::set(image, ID, id.as_bytes()) {
             Ok(()) => Ok(Some(id)),
             Err(error) if cannot_be_kept_here(&error) => Ok(None),
             Err(error) => Err(Error::io("cannot write the attribute user.livemirror.id of", &error).on(name_of(image))),
@@ -126,7 +127,7 @@ impl Marks {
             }
         }
         let text = serde_json::to_vec(mark).map_err(|error| Error::new(ErrorKind::Failed, error.to_string()))?;
-        match xattr::set_deref(by_descriptor(image), SUPERSEDED, &text) {
+        match attributes::set(image, SUPERSEDED, &text) {
             Ok(()) => return Ok(()),
             Err(error) if cannot_be_kept_here(&error) => {}
             Err(error) => return Err(Error::io("cannot mark as superseded", &error).on(name_of(image))),
@@ -142,7 +143,7 @@ impl Marks {
     /// There is one and it cannot be removed.
     pub fn clear(&self, image: BorrowedFd<'_>, identity: &Identity) -> Result<()> {
         if read_xattr(image, SUPERSEDED)?.is_some() {
-            let removed = xattr::remove_deref(by_descriptor(image), SUPERSEDED);
+            let removed = attributes::remove(image, SUPERSEDED);
             removed.map_err(|error| Error::io("cannot unmark", &error).on(name_of(image)))?;
         }
         match self.open_registry()? {
@@ -165,7 +166,7 @@ impl Marks {
     /// Writing fails.
     pub fn write_pair(&self, image: BorrowedFd<'_>, mark: &PairMark) -> Result<bool> {
         let text = serde_json::to_vec(mark).map_err(|error| Error::new(ErrorKind::Failed, error.to_string()))?;
-        match xattr::set_deref(by_descriptor(image), PAIR, &text) {
+        match attributes::set(image, PAIR, &text) {
             Ok(()) => Ok(true),
             Err(error) if cannot_be_kept_here(&error) => Ok(false),
             Err(error) => {
@@ -182,7 +183,7 @@ impl Marks {
         if read_xattr(image, PAIR)?.is_none() {
             return Ok(());
         }
-        let removed = xattr::remove_deref(by_descriptor(image), PAIR);
+        let removed = attributes::remove(image, PAIR);
         removed.map_err(|error| {
             Error::io("cannot remove the attribute user.livemirror.pair of", &error).on(name_of(image))
         })
@@ -194,14 +195,8 @@ impl Marks {
     /// # Errors
     /// It cannot be written.
     pub fn make_durable(&self, image: BorrowedFd<'_>) -> Result<()> {
-        let synced = match nix::unistd::fsync(image) {
-            // An O_PATH descriptor cannot be synced, but opened again.
-            Err(nix::Error::EBADF) => std::fs::File::open(by_descriptor(image)).and_then(|file| file.sync_all()),
-            // A device that keeps nothing.
-            Err(nix::Error::EINVAL) => Ok(()),
-            other => other.map_err(io::Error::from),
-        };
-        synced.map_err(|error| Error::io("cannot make durable the marks on", &error).on(name_of(image)))
+        attributes::sync(image)
+            .map_err(|error| Error::io("cannot make durable the marks on", &error).on(name_of(image)))
     }
 
     fn read_registered(&self, image: BorrowedFd<'_>, identity: &Identity) -> Result<Option<Mark>> {
@@ -241,18 +236,14 @@ fn file_system(image: BorrowedFd<'_>, identity: &Identity) -> u64 {
 
 /// The path of the open file, as the kernel tells it; for messages and for block devices.
 fn name_of(image: BorrowedFd<'_>) -> String {
-    match std::fs::read_link(by_descriptor(image)) {
+    match std::fs::read_link(attributes::path(image)) {
         Ok(path) => String::from_utf8_lossy(path.as_os_str().as_bytes()).into_owned(),
         Err(_) => "the image".to_owned(),
     }
 }
 
-fn by_descriptor(image: BorrowedFd<'_>) -> String {
-    format!("/proc/self/fd/{}", image.as_raw_fd())
-}
-
 fn read_xattr(image: BorrowedFd<'_>, name: &str) -> Result<Option<Vec<u8>>> {
-    match xattr::get_deref(by_descriptor(image), name) {
+    match attributes::get(image, name) {
         Ok(value) => Ok(value),
         Err(error) if cannot_be_kept_here(&error) => Ok(None),
         Err(error) => Err(Error::io(format!("cannot read the attribute {name} of"), &error).on(name_of(image))),

@@ -6,7 +6,8 @@
 //! - [`runtime`]: how the command line finds a running mount;
 //! - [`keeper_file`]: the keeper's lock and its word on what it does;
 //! - [`paths`]: where all of it lies;
-//! - `envelope` and `files`: the format, and the replacing.
+//! - `envelope` and `files`: the format, and the replacing; `attributes`: what is kept beside an image's bytes.
+mod attributes;
 mod envelope;
 mod files;
 pub mod keeper_file;

@@ -14,7 +14,9 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::attributes;
 use crate::error::{Error, Result};
+use crate::sync::SystemTime;
 
 /// A pulse is written at most once a second, and the kernel's time stamps lag by a tick: a change of our own may be as much later.
 pub const SLACK: Duration = Duration::from_secs(3);
@@ -62,17 +64,7 @@ impl Observation {
     /// # Errors
     /// It cannot be looked at.
     pub fn of(image: BorrowedFd<'_>) -> Result<Option<Observation>> {
-        let status =
-            nix::sys::stat::fstat(image).map_err(|errno| Error::io("cannot look at an image", &errno.into()))?;
-        if status.st_mode & libc::S_IFMT != libc::S_IFREG {
-            return Ok(None);
-        }
-        let ns = |seconds: i64, rest: i64| seconds.saturating_mul(1_000_000_000).saturating_add(rest);
-        Ok(Some(Observation {
-            size_bytes: status.st_size.unsigned_abs(),
-            mtime_ns: ns(status.st_mtime, status.st_mtime_nsec),
-            ctime_ns: ns(status.st_ctime, status.st_ctime_nsec),
-        }))
+        attributes::observe(image).map_err(|error| Error::io("cannot look at an image", &error))
     }
 }
 
@@ -121,7 +113,7 @@ impl Stamp {
 
 /// Now, in nanoseconds since the epoch, by the clock that files are stamped with.
 pub fn now_ns() -> i64 {
-    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let since = SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     since.map_or(0, |since| i64::try_from(since.as_nanos()).unwrap_or(i64::MAX))
 }
 

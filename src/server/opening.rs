@@ -208,15 +208,20 @@ fn settle_on(
     marks: &Marks,
     generation: u64,
 ) -> Result<OpenedVolume> {
-    if !config.read_only {
-        if let Some(descriptor) = locked_descriptor(&*image) {
-            // Its mark, if it has one, goes only when the disk is served.
-            marks.ensure_id(descriptor.as_fd())?;
-        }
-    }
     let identity = image.identity()?;
     let known =
         recorded.and_then(|state| state.volumes.iter().find(|known| is_same(&known.active_identity, &identity)));
+    if !config.read_only {
+        if let Some(descriptor) = locked_descriptor(&*image) {
+            // Its mark, if it has one, goes only when the disk is served.
+            match known.and_then(|known| known.active_identity.id.as_deref()).filter(|_| identity.id.is_none()) {
+                // A power cut has taken the id. With another one it would no longer be the image that the record knows.
+                Some(id) => marks.write_id(descriptor.as_fd(), id)?,
+                None => marks.ensure_id(descriptor.as_fd())?,
+            };
+        }
+    }
+    let identity = image.identity()?;
     let former: Vec<FormerImage> = known.map(|known| known.superseded.clone()).unwrap_or_default();
     let mut state = VolumeState {
         id: match (known, &identity.id) {

@@ -145,6 +145,21 @@ fn the_record_tells_what_a_crash_kept_from_the_image() {
 }
 
 #[test]
+fn an_image_that_lost_its_id_is_still_the_one_that_the_record_knows() {
+    let world = World::new();
+    let state = world.cut_over("b.img", "a.img", true);
+    let id = || xattr::get(world.at("a.img"), "user.livemirror.id").unwrap();
+    let before = id();
+    assert!(before.is_some());
+    // It is durable only with the image's next fsync: a power cut may take it.
+    xattr::remove(world.at("a.img"), "user.livemirror.id").unwrap();
+    let opened = world.open("a.img", Some(&state)).unwrap();
+    assert_eq!(opened.state.superseded, state.volumes[0].superseded, "what is known of the disk is kept");
+    assert_eq!(opened.state.generation, state.volumes[0].generation);
+    assert_eq!(id(), before);
+}
+
+#[test]
 fn a_successor_that_is_another_image_is_not_followed() {
     let mut world = World::new();
     world.cut_over("a.img", "b.img", true);

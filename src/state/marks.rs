@@ -84,9 +84,16 @@ impl Marks {
     /// # Errors
     /// Writing fails for another reason.
     pub fn renew_id(&self, image: BorrowedFd<'_>) -> Result<Option<String>> {
-        let id = random_id()?;
+        self.write_id(image, &random_id()?)
+    }
+
+    /// Gives the image the id that it is known to have had: a power cut may have taken it.
+    ///
+    /// # Errors
+    /// As [`Marks::renew_id`].
+    pub fn write_id(&self, image: BorrowedFd<'_>, id: &str) -> Result<Option<String>> {
         match attributes::set(image, ID, id.as_bytes()) {
-            Ok(()) => Ok(Some(id)),
+            Ok(()) => Ok(Some(id.to_owned())),
             Err(error) if cannot_be_kept_here(&error) => Ok(None),
             Err(error) => Err(Error::io("cannot write the attribute user.livemirror.id of", &error).on(name_of(image))),
         }

@@ -235,12 +235,13 @@ impl Backend for Server {
     }
 
     fn jobs(&self) -> Vec<JobInfo> {
-        let mut infos: Vec<_> = self.jobs.all().iter().map(|job| job.info()).collect();
+        // First: one that goes on meanwhile is a job before it is no longer waiting, and so is in one list at least.
         let waiting = self.unfinished.lock().clone();
-        let info = |left: &Arc<Unfinished>| Some(left.info(&self.ledger.mirror(left.volume.name())?));
-        infos.extend(
-            waiting.iter().filter_map(info).filter(|one| self.jobs.find(&one.job_id).is_none()).collect::<Vec<_>>(),
-        );
+        let mut infos: Vec<_> = self.jobs.all().iter().map(|job| job.info()).collect();
+        for left in &waiting {
+            let info = self.ledger.mirror(left.volume.name()).map(|record| left.info(&record));
+            infos.extend(info.filter(|info| infos.iter().all(|known| known.job_id != info.job_id)));
+        }
         self.heartbeat.note();
         infos
     }

@@ -38,7 +38,10 @@
 //!
 //! - [`image`] knows nobody. [`volume`] knows images and the dirty map. [`mirror`] knows volumes. [`control`] asks a
 //!   [`control::backend::Backend`], which [`server`] is. [`fuse`] is the only room that knows the FUSE library.
-//! - `sync` is where all locks come from, so that a model checker can replace them; `sys` holds every `unsafe` block.
+//! - `sync` is where all locks, threads and the clock come from, so that a model checker can replace them; `sys` holds every
+//!   `unsafe` block.
+//! - `simulation` (tests only) is a machine that crashes: servers live and die on it, seed by seed, and the rules are checked at
+//!   nearly every instant.
 //!
 //! ## Processes
 //!
@@ -111,6 +114,8 @@
 //! `tests/mutants.sh` removes, one after the other, the lines that keep these rules, and shows the test that then fails; its last
 //! result is in `tests/mutants/RESULT.md`.
 
+#![cfg_attr(all(test, shuttle), allow(dead_code, reason = "the simulation puts other things in the place of some"))]
+
 pub mod cli;
 pub mod control;
 pub mod dirty;
@@ -120,6 +125,8 @@ pub mod image;
 pub mod mirror;
 pub mod range;
 pub mod server;
+#[cfg(all(test, shuttle))]
+mod simulation;
 pub mod state;
 mod sync;
 pub mod sys;

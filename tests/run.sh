@@ -128,10 +128,10 @@ check "shell scripts" shellcheck --severity=style "${scripts[@]}"
 # Some at a time: most tests wait for a disk or for another process.
 cargo_tests "tests" cargo test --no-fail-fast -- --test-threads="${LIVEMIRROR_TEST_THREADS:-3}"
 
-# The dirty map under a model checker: another build of the crate, so in a directory of its own.
+# The dirty map under a model checker, and everything on a simulated machine: another build of the crate, so in a directory of its own.
 if grep -rqs 'cfg(shuttle)' src && grep -rqs 'shuttle::' src; then
-    cargo_tests "dirty map, all interleavings" \
-        env RUSTFLAGS="--cfg shuttle" cargo test --lib --target-dir target-shuttle dirty::
+    cargo_tests "all interleavings, and the simulation" \
+        env RUSTFLAGS="--cfg shuttle" cargo test --lib --target-dir target-shuttle -- dirty:: simulation::
 fi
 
 echo

@@ -27,9 +27,13 @@ mod stripes;
 mod users;
 mod zeroing;
 
-pub use self::open::{OpenOptions, Role, create, open, sync_parent_directory};
+pub use self::open::{OpenOptions, Role};
+#[cfg(not(all(test, shuttle)))]
+pub use self::open::{create, open, sync_parent_directory};
 pub use self::probe::{format_of_content, format_of_name};
 pub use self::same::{check_in_place, refuse_on_own_disk, refuse_same, same_image};
+#[cfg(all(test, shuttle))]
+pub use crate::simulation::image::{create, open, sync_parent_directory};
 
 use std::fmt;
 use std::os::fd::BorrowedFd;
@@ -300,5 +304,5 @@ pub fn check_bounds(image: &dyn Image, what: &str, range: ByteRange) -> Result<(
     Err(Error::new(ErrorKind::Usage, format!("cannot {what} past the end of")).on(image.name()).at(range))
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(shuttle)))]
 mod tests;

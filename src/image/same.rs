@@ -171,7 +171,7 @@ pub fn check_in_place(image: &dyn Image) -> Result<()> {
     Err(error.advise("put it back where it was, or give the mirror up with 'livemirror cancel'"))
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(shuttle)))]
 mod tests {
     use super::super::tests::LoopDevice;
     use super::super::{CacheMode, OpenOptions, open};

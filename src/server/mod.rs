@@ -19,8 +19,10 @@ mod pairing;
 mod phases;
 mod plan;
 mod run;
+#[cfg(all(test, shuttle))]
+pub(crate) mod simulated;
 mod target;
-#[cfg(test)]
+#[cfg(all(test, not(shuttle)))]
 mod tests;
 mod unfinished;
 

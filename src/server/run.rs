@@ -203,7 +203,7 @@ fn take_parked(parked: &mut Vec<(String, DescriptorRole, OwnedFd)>, image: &str)
     Some(parked.swap_remove(at).2)
 }
 
-fn volume(config: &MountConfig, opened: OpenedVolume) -> Arc<Volume> {
+pub(super) fn volume(config: &MountConfig, opened: OpenedVolume) -> Arc<Volume> {
     let OpenedVolume { image, state, .. } = opened;
     let options = VolumeOptions {
         name: state.name,

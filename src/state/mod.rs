@@ -7,8 +7,10 @@
 //! - [`keeper_file`]: the keeper's lock and its word on what it does;
 //! - [`paths`]: where all of it lies;
 //! - `envelope` and `files`: the format, and the replacing; `attributes`: what is kept beside an image's bytes.
+#[cfg(not(all(test, shuttle)))]
 mod attributes;
 mod envelope;
+#[cfg(not(all(test, shuttle)))]
 mod files;
 pub mod keeper_file;
 pub mod marks;
@@ -18,8 +20,14 @@ pub mod pulse;
 pub mod record;
 pub mod runtime;
 pub mod store;
-#[cfg(test)]
+#[cfg(all(test, not(shuttle)))]
 mod tests;
+// What the simulation puts in their place.
+#[cfg(all(test, shuttle))]
+#[path = "simulated_files.rs"]
+mod files;
+#[cfg(all(test, shuttle))]
+use crate::simulation::attributes;
 
 #[cfg(test)]
 pub(crate) use files::Step;

@@ -1,18 +1,19 @@
 //! What is known of a mount when its server starts again: one record for the whole mount, so that one replacement of one file
 //! is the commit point of a cutover, of a group too (rule 15).
 
-use std::io::Read;
 use std::path::PathBuf;
-use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
 use super::pair::{PairMark, Stamp};
 use super::pulse::Counts;
-use crate::error::{Error, Result};
+#[cfg(not(all(test, shuttle)))]
+use crate::error::Error;
+use crate::error::Result;
 use crate::image::{Format, Identity};
 use crate::mirror::types::{IoStatus, JobInfo, JobStatus, LastMirror, MirrorOptions, MirrorResult};
 use crate::range::Granularity;
+use crate::sync::SystemTime;
 use crate::volume::ShownAttributes;
 
 /// The mount.
@@ -195,7 +196,7 @@ impl VolumeState {
             consistent: matches!(result, MirrorResult::Completed | MirrorResult::Finished),
             error: None,
             pause_ms: None,
-            ended: humantime::format_rfc3339_seconds(std::time::SystemTime::now()).to_string(),
+            ended: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
         });
     }
 
@@ -203,7 +204,7 @@ impl VolumeState {
     pub fn cut_over(&mut self, active: String, identity: Identity, format: Format) {
         // Seconds since the epoch where that is more: an image may be cut over from several mounts, whose records do not know each
         // other, and the latest cutover must win.
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let now = SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let generation = now.max(self.generation + 1);
         let path = std::mem::replace(&mut self.active, active);
         let former = FormerImage { path, identity: std::mem::replace(&mut self.active_identity, identity), generation };
@@ -222,6 +223,16 @@ impl VolumeState {
 /// # Errors
 /// The system has no `/dev/urandom`.
 pub fn random_id() -> Result<String> {
+    #[cfg(all(test, shuttle))]
+    return Ok(crate::simulation::random_id());
+    #[cfg(not(all(test, shuttle)))]
+    system_random_id()
+}
+
+#[cfg(not(all(test, shuttle)))]
+fn system_random_id() -> Result<String> {
+    use std::io::Read;
+
     let mut bytes = [0; 16];
     let read = std::fs::File::open("/dev/urandom").and_then(|mut random| random.read_exact(&mut bytes));
     read.map_err(|error| Error::io("cannot read", &error).on("/dev/urandom"))?;

@@ -161,10 +161,16 @@ impl Store {
     }
 
     /// Where tests make it fail.
-    #[cfg(test)]
+    #[cfg(all(test, not(shuttle)))]
     pub(crate) fn faults(&self) -> &super::files::Faults {
         &self.directory.faults
     }
+}
+
+/// What a record of these bytes says, for the simulation.
+#[cfg(all(test, shuttle))]
+pub(crate) fn decode(bytes: &[u8]) -> Result<MountState> {
+    KIND.decode(bytes, Path::new(FILE_NAME))
 }
 
 /// A record that was written aside. Dropping it removes it.

@@ -26,6 +26,7 @@
 //! waits inside [`IntentLog::enter`] for the log's thread, which waits for nobody but its disk.
 
 mod clock;
+#[cfg(not(all(test, shuttle)))]
 mod file;
 mod format;
 mod recovery;
@@ -33,6 +34,9 @@ mod region;
 mod retire;
 mod writer;
 
+#[cfg(all(test, shuttle))]
+#[path = "simulated_file.rs"]
+mod file;
 #[cfg(all(test, shuttle))]
 mod shuttle_tests;
 #[cfg(test)]
@@ -43,7 +47,7 @@ mod tests;
 use std::fmt;
 use std::ops::Range;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 pub use self::clock::{Clock, CoarseClock};
 pub use self::file::LogFile;
@@ -57,7 +61,7 @@ use self::writer::Queue;
 use crate::error::{Error, Result};
 use crate::range::ByteRange;
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
-use crate::sync::{Arc, Condvar, Mutex, thread, wait_until};
+use crate::sync::{Arc, Condvar, Instant, Mutex, thread, wait_until};
 
 /// Destroys the pairing of source and target, so that no restart resumes the mirror (rule 11).
 pub trait Forget: Send + Sync {

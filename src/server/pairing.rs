@@ -283,7 +283,7 @@ impl Forget for Untie {
 impl Untie {
     /// Tries to destroy the pairing on a thread of its own, which then says whether it has.
     fn means(&self, says: &mpsc::Sender<bool>, means: impl FnOnce(&Ledger, &Volume) -> bool + Send + 'static) {
-        let (ledger, volume, says) = (self.ledger.clone(), self.volume.clone(), says.clone());
+        let (ledger, volume, says) = (self.ledger.clone(), self.volume.clone(), mpsc::Sender::clone(says));
         let tried = move || _ = says.send(means(&ledger, &volume));
         if let Err(error) = thread::Builder::new().name("forget".into()).spawn(tried) {
             log::error!("{}", Error::io("cannot start a thread", &error));

@@ -90,11 +90,11 @@ struct Begun<'a> {
 
 /// What is opened and recorded before anything is mounted.
 pub(super) struct Prepared {
-    ledger: Arc<Ledger>,
-    opened: Vec<OpenedVolume>,
+    pub(super) ledger: Arc<Ledger>,
+    pub(super) opened: Vec<OpenedVolume>,
     /// There was no record before, and nothing is mounted yet.
-    new_state: bool,
-    taken_over: TakenOver,
+    pub(super) new_state: bool,
+    pub(super) taken_over: TakenOver,
 }
 
 /// Opens everything and writes the record.

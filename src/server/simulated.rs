@@ -7,7 +7,7 @@ use super::backend::Server;
 use super::config::MountConfig;
 use super::departure::Departure;
 use super::ledger::parking_name;
-use super::run;
+use super::run::{self, Prepared};
 use crate::control::backend::Backend;
 use crate::error::Result;
 use crate::fuse::{KeeperLink, Start};
@@ -34,8 +34,9 @@ impl Life {
             last_exit: None,
             first,
             keeper_pid: 1,
+            kept_by_manager: false,
         };
-        let (ledger, opened, _) = run::prepare(&link, start)?;
+        let Prepared { ledger, opened, taken_over, .. } = run::prepare(&link, start)?;
         let (mut targets, mut volumes) = (Vec::new(), Vec::new());
         for mut one in opened {
             targets.push(one.parked_target.take());
@@ -43,6 +44,7 @@ impl Life {
         }
         let server = Server::new(config.clone(), volumes, ledger, Departure::new(link));
         server.find_unfinished(targets, first);
+        taken_over.forget_elsewhere();
         Ok(Life(server))
     }
 

@@ -29,7 +29,7 @@ mod files;
 #[cfg(all(test, shuttle))]
 use crate::simulation::attributes;
 
-#[cfg(test)]
+#[cfg(all(test, not(shuttle)))]
 pub(crate) use files::Step;
 pub use marks::{Mark, Marks};
 pub use pair::{Observation, PairMark, Stamp};

@@ -124,18 +124,24 @@ pub mod mpsc {
 
     use super::{Arc, Condvar, Instant, Mutex, wait_until};
 
+    struct Waiting<T> {
+        values: VecDeque<T>,
+        senders: usize,
+    }
     struct Channel<T> {
-        waiting: Mutex<VecDeque<T>>,
+        waiting: Mutex<Waiting<T>>,
+        /// A value, or the end of the last sender.
         arrived: Condvar,
     }
-    /// The end that sends.
+    /// An end that sends.
     pub struct Sender<T>(Arc<Channel<T>>);
     /// The end that receives.
     pub struct Receiver<T>(Arc<Channel<T>>);
 
     /// A channel without bounds.
     pub fn channel<T>() -> (Sender<T>, Receiver<T>) {
-        let channel = Arc::new(Channel { waiting: Mutex::new(VecDeque::new()), arrived: Condvar::new() });
+        let waiting = Waiting { values: VecDeque::new(), senders: 1 };
+        let channel = Arc::new(Channel { waiting: Mutex::new(waiting), arrived: Condvar::new() });
         (Sender(channel.clone()), Receiver(channel))
     }
     impl<T> Sender<T> {
@@ -144,26 +150,44 @@ pub mod mpsc {
         /// # Errors
         /// None.
         pub fn send(&self, value: T) -> Result<(), T> {
-            self.0.waiting.lock().push_back(value);
+            self.0.waiting.lock().values.push_back(value);
             self.0.arrived.notify_all();
             Ok(())
+        }
+    }
+    impl<T> Clone for Sender<T> {
+        fn clone(&self) -> Self {
+            self.0.waiting.lock().senders += 1;
+            Sender(self.0.clone())
+        }
+    }
+    impl<T> Drop for Sender<T> {
+        fn drop(&mut self) {
+            self.0.waiting.lock().senders -= 1;
+            self.0.arrived.notify_all();
         }
     }
     impl<T> Receiver<T> {
         /// Waits for what is sent, no longer than `patience`.
         ///
         /// # Errors
-        /// The time is up.
+        /// The time is up, or nobody sends any more.
         pub fn recv_timeout(&self, patience: Duration) -> Result<T, ()> {
-            let deadline = Instant::now() + patience;
+            self.receive(Some(Instant::now() + patience)).ok_or(())
+        }
+
+        /// All that is sent, until nobody sends any more.
+        pub fn iter(&self) -> impl Iterator<Item = T> {
+            std::iter::from_fn(|| self.receive(None))
+        }
+
+        fn receive(&self, deadline: Option<Instant>) -> Option<T> {
             let mut waiting = self.0.waiting.lock();
-            loop {
-                match waiting.pop_front() {
-                    Some(value) => return Ok(value),
-                    None if wait_until(&self.0.arrived, &mut waiting, Some(deadline)) => (),
-                    None => return waiting.pop_front().ok_or(()),
-                }
+            let mut in_time = true;
+            while in_time && waiting.values.is_empty() && waiting.senders > 0 {
+                in_time = wait_until(&self.0.arrived, &mut waiting, deadline);
             }
+            waiting.values.pop_front()
         }
     }
 }

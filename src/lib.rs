@@ -8,7 +8,7 @@
 //!
 //! | word | meaning |
 //! |---|---|
-//! | image | a place where a disk's bytes live: a raw file or a block device |
+//! | image | a place where a disk's bytes live: a raw file, a block device or an NBD export |
 //! | volume | a live disk that a mount presents; it has one *active* image and, during a mirror, a *target* |
 //! | extent | a byte range with one status: data, zero (allocated), hole. An image that cannot tell is all data |
 //! | granule | the unit of dirty tracking, 64 KiB unless told otherwise |
@@ -99,16 +99,16 @@
 //! | 2 | intent before write, and its end | [`dirty::IntentLog`]: [`volume`] enters it before each change; a bit ends after flushes of both images |
 //! | 3 | clear before read, one copier at a time | [`dirty::DirtyMap::claim`]; the copier asks for extents after it |
 //! | 4 | tracking before the first look | [`mirror::start`], under the barrier |
-//! | 5 | acknowledged is kept | the cutover drains and flushes under the barrier; replies leave nothing only in memory |
+//! | 5 | acknowledged is kept | the cutover drains and flushes under the barrier; replies leave nothing only in memory; what no flush has proven an NBD server gets again ([`image::nbd`]) |
 //! | 6 | the guest comes first | a guest waits for a target at most `--max-guest-delay`; target errors are the job's |
 //! | 7 | flush means flush | `fsync` and O_DSYNC writes flush the active image, and the target in write-blocking mode |
 //! | 8 | thin stays thin | holes are not copied, zero blocks are left out, guests' discards reach the target |
-//! | 9 | one writer per image | QEMU's byte-range locks, a fence of our own, O_EXCL on devices ([`image`]) |
+//! | 9 | one writer per image | QEMU's byte-range locks, a fence of our own, O_EXCL on devices ([`image`]); NBD has none ([`image::nbd`]) |
 //! | 10 | after a cutover the old source is stale | marks on the images ([`state::marks`]), checked at each mount |
 //! | 11 | a resumed mirror trusts its map only for the very same, untouched pair | [`state::pair`]; looked at by [`server`] before anybody uses the images |
 //! | 12 | errors are named | [`error::Error`]: what, on which image, where, why, what to do |
 //! | 13 | memory and queues are bounded | the target queue, the control socket's outbox, the copiers' buffers |
-//! | 14 | nothing lands late | a target write that was given up on keeps its hold and its bytes until it has returned |
+//! | 14 | nothing lands late | a target write that was given up on keeps its hold and its bytes until it has returned; the end of an NBD connection is read before the next one writes |
 //! | 15 | one commit point | one atomic rename of the mount's record ([`state::store`]) decides which images are active |
 //!
 //! `tests/mutants.sh` removes, one after the other, the lines that keep these rules, and shows the test that then fails; its last

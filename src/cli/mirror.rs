@@ -14,6 +14,7 @@ use super::units;
 use crate::control::backend::MirrorPlan;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::mountinfo::{MountTable, Place};
+use crate::image::nbd::uri;
 
 /// Starts a mirror: TARGET becomes, and stays, the same as the disk while the guest goes on.
 ///
@@ -23,11 +24,13 @@ use crate::fuse::mountinfo::{MountTable, Place};
 #[command(after_help = "Examples:
   livemirror mirror /mnt/vm/os.img /new/os.img
   livemirror mirror /mnt/vm /new/ --speed 200M --wait
-  livemirror mirror /mnt/vm/os.img /dev/vg0/os --existing")]
+  livemirror mirror /mnt/vm/os.img /dev/vg0/os --existing
+  livemirror mirror /mnt/vm/os.img nbd://newhost/os --reconnect 10min
+  livemirror mirror /mnt/vm/os.img 'nbd+unix:///os?socket=/run/rbd.sock'")]
 pub struct Arguments {
     /// A mounted disk, or the mountpoint if there is one disk.
     disk: PathBuf,
-    /// The new image; a directory stands for the source's name in it.
+    /// The new image; a directory stands for the source's name in it. An NBD URI: what the server exports there.
     target: PathBuf,
     #[command(flatten)]
     options: MirrorArguments,
@@ -63,12 +66,16 @@ pub struct MirrorArguments {
     /// What a write error of the target does.
     #[arg(long, value_name = "POLICY", value_parser = ["report", "ignore", "stop", "enospc"], default_value = "enospc")]
     on_target_error: String,
-    /// Writes into a TARGET that is there already (block devices always are). Its content is lost.
+    /// Writes into a TARGET that is there already (block devices always are; an NBD export needs no --existing). Its content is lost.
     #[arg(long)]
     existing: bool,
     /// The longest that a request of the guest waits for the target; past it the target gets the change later.
     #[arg(long, value_name = "DURATION", value_parser = units::parse_duration, default_value = "2s")]
     max_guest_delay: Duration,
+    /// NBD targets: how long a copy waits while the connection is lost, before that is an error of the target's
+    /// [default: as the mount was told].
+    #[arg(long, value_name = "DURATION", value_parser = units::parse_duration)]
+    reconnect: Option<Duration>,
     /// Copies the data also where TARGET could share the source's blocks (on one XFS or btrfs): a second copy, on its own blocks.
     #[arg(long)]
     no_reflink: bool,
@@ -155,6 +162,10 @@ impl MirrorArguments {
         put("existing", self.existing.into());
         let delay_ms = u64::try_from(self.max_guest_delay.as_millis()).unwrap_or(u64::MAX);
         put("max-guest-delay-ms", signed(delay_ms, "--max-guest-delay")?);
+        if let Some(reconnect) = self.reconnect {
+            let reconnect_ms = u64::try_from(reconnect.as_millis()).unwrap_or(u64::MAX);
+            put("reconnect-ms", signed(reconnect_ms, "--reconnect")?);
+        }
         put("reflink", (!self.no_reflink).into());
         if let Some(format) = &self.format {
             put("format", format.as_str().into());
@@ -184,7 +195,7 @@ fn signed(bytes: u64, option: &str) -> Result<Value> {
 pub fn target_path(target: &Path, disk: &Disk) -> Result<String> {
     let shown = target.display().to_string();
     let mut path = place::absolute(target)?;
-    if !shown.contains("://") {
+    if !uri::is_uri(target) {
         if let Place::Ours(entry, _) = MountTable::read()?.locate(&path)? {
             return Err(Error::new(ErrorKind::Unsupported, format!("the target {shown} lies in the livemirror mount"))
                 .on(entry.mountpoint.display().to_string())

@@ -1,19 +1,22 @@
 //! `livemirror mount`: from what the user says to a [`MountConfig`].
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use super::options::MountOptions;
 use super::output;
 use super::place;
+use super::units;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::{launch, mountpoint};
 use crate::image::Format;
+use crate::image::nbd::{RECONNECT_DEFAULT, uri};
 use crate::server::config::{Layout, MountConfig, VolumeConfig};
 use crate::state::paths;
 
 /// Mounts disks as plain files.
 ///
-/// SOURCE is a raw image or a block device (a qcow2 file is refused in this version). Returns when the disks can be used, and prints their paths.
+/// SOURCE is a raw image, a block device or an NBD URI (a qcow2 file is refused in this version). Returns when the disks can be used, and prints their paths.
 ///
 /// MOUNTPOINT is an empty directory, in which each disk is a file named after its SOURCE; or a regular file, SOURCE itself
 /// included, which becomes the disk.
@@ -22,7 +25,7 @@ use crate::state::paths;
     override_usage = "livemirror mount [OPTIONS] SOURCE... MOUNTPOINT\n       livemirror mount [OPTIONS] --volume name=N,source=S... MOUNTPOINT",
     after_help = "Mount options (-o), as on the command line or in /etc/fstab:
   ro, rw, allow_other, growable, follow, force, foreground, cache=none|writeback, format=raw|qcow2, name=FILE,
-  state_dir=DIR, control=SOCKET, log_file=FILE, pidfile=FILE; nosuid, nodev, noexec, noatime and their like go to the
+  reconnect=DURATION, state_dir=DIR, control=SOCKET, log_file=FILE, pidfile=FILE; nosuid, nodev, noexec, noatime and their like go to the
   kernel; those of fstab (_netdev, nofail, noauto, user, x-*) are passed over.
 
 Examples:
@@ -30,6 +33,7 @@ Examples:
   livemirror mount disk.img disk.img             the disk takes the place of its own image
   livemirror mount a.img b.img /mnt/vm           two disks, which can be cut over at one instant
   livemirror mount --allow-other -o cache=none /dev/vg0/os /mnt/vm
+  livemirror mount nbd://host/os /mnt/vm         also nbds:// (TLS) and nbd+unix:///os?socket=/run/nbd.sock
 
 As a systemd service: see livemirror@.service. With --foreground, Type=notify and FileDescriptorStoreMax= the mount outlives a
 restart of the service: SIGTERM leaves it for the next start (exit code 75), SIGINT unmounts."
@@ -74,6 +78,10 @@ pub struct Arguments {
     /// Where the server logs to; otherwise the journal under systemd, else a file in the state.
     #[arg(long, value_name = "FILE")]
     log_file: Option<PathBuf>,
+    /// NBD: how long reads and writes wait while the connection to the server is lost, before they fail. What waits for the answer of
+    /// a server that is silent fails after as long, and a minute at least [default: 1min].
+    #[arg(long, value_name = "DURATION", value_parser = units::parse_duration)]
+    reconnect: Option<Duration>,
     /// Where SOURCE was left by a cutover, mounts the image that the disk lives on now.
     #[arg(long)]
     follow: bool,
@@ -132,6 +140,7 @@ impl Arguments {
             growable: self.growable || options.growable,
             allow_other: self.allow_other || options.allow_other,
             cache: options.cache.unwrap_or_default(),
+            reconnect: self.reconnect.or(options.reconnect).unwrap_or(RECONNECT_DEFAULT),
             follow,
             force,
             control: match absolute(self.control.or(options.control))? {
@@ -277,8 +286,12 @@ fn volume(text: &str, format: Option<Format>) -> Result<VolumeConfig> {
     Ok(VolumeConfig { name, source: place::absolute(&source)?, format })
 }
 
-/// The source's file name; `NAME.img` for a qcow2 file, as the mount holds raw bytes.
+/// The source's file name; `NAME.img` for a qcow2 file, as the mount holds raw bytes; of an NBD URI the export's name.
 fn default_name(source: &Path, format: Option<Format>) -> Result<String> {
+    if let Some(uri) = source.to_str().filter(|_| uri::is_uri(source)) {
+        uri::check(uri)?;
+        return Ok(uri::disk_name(uri));
+    }
     let qcow2 = match format {
         Some(format) => format == Format::Qcow2,
         None => source.extension().is_some_and(|extension| extension == "qcow2"),
@@ -315,6 +328,7 @@ mod tests {
     #[test]
     fn disks_are_named_after_their_sources() {
         assert_eq!(names(&["/a/os.img", "/dev/vg0/data", "/a/x.qcow2"], &[]).unwrap(), ["os.img", "data", "x.img"]);
+        assert_eq!(names(&["nbd://host/os", "nbd+unix:///?socket=/s"], &[]).unwrap(), ["os", "nbd.img"]);
         assert_eq!(names(&["/a/os.img"], &["source=/b/os.img,name=second"]).unwrap(), ["os.img", "second"]);
         assert_eq!(names(&[], &["source=/a,,b.img"]).unwrap(), ["a,b.img"]);
     }

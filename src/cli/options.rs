@@ -1,7 +1,9 @@
 //! `-o`: the mount options of the command line and of /etc/fstab.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
+use super::units;
 use crate::error::{Error, Result};
 use crate::image::{CacheMode, Format};
 
@@ -26,6 +28,8 @@ pub struct MountOptions {
     pub force: bool,
     /// `foreground`.
     pub foreground: bool,
+    /// `reconnect=`.
+    pub reconnect: Option<Duration>,
     /// `state_dir=`.
     pub state_dir: Option<PathBuf>,
     /// `control=`.
@@ -113,6 +117,11 @@ impl MountOptions {
             ("format", Some("qcow2")) => self.format = Some(Format::Qcow2),
             ("format", _) => return Err(wrong_value(option, "format=raw or format=qcow2")),
             ("name", Some(value)) if !value.is_empty() => self.name = Some(value.to_owned()),
+            ("reconnect", Some(value)) => match units::parse_duration(value) {
+                Ok(reconnect) => self.reconnect = Some(reconnect),
+                Err(_) => return Err(wrong_value(option, "reconnect=DURATION, such as 30s")),
+            },
+            ("reconnect", None) => return Err(wrong_value(option, "reconnect=DURATION, such as 30s")),
             ("state_dir", Some(value)) => self.state_dir = Some(value.into()),
             ("control", Some(value)) => self.control = Some(value.into()),
             ("log_file", Some(value)) => self.log_file = Some(value.into()),
@@ -162,5 +171,7 @@ mod tests {
         assert_eq!((error.to_string().as_str(), error.exit_code()), ("unknown mount option 'bogus=1' (-o)", 2));
         assert_eq!(parse("cache=wat").unwrap_err().exit_code(), 2);
         assert_eq!(parse("ro=1").unwrap_err().exit_code(), 2);
+        assert_eq!(parse("reconnect=soon").unwrap_err().exit_code(), 2);
+        assert_eq!(parse("reconnect=2s").unwrap().reconnect, Some(Duration::from_secs(2)));
     }
 }

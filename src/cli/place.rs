@@ -219,7 +219,7 @@ impl Disk {
 /// # Errors
 /// It is empty, not UTF-8, or relative in a directory that is gone.
 pub fn absolute(path: &Path) -> Result<PathBuf> {
-    if path.to_string_lossy().contains("://") {
+    if crate::image::nbd::uri::is_uri(path) {
         return Ok(path.to_owned());
     }
     std::path::absolute(path)

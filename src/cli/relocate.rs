@@ -24,7 +24,7 @@ use crate::mirror::types::{LastMirror, MirrorResult};
 pub struct Arguments {
     /// A mounted disk, or the mountpoint if there is one disk.
     disk: PathBuf,
-    /// The new image; a directory stands for the source's name in it.
+    /// The new image; a directory stands for the source's name in it. Or an NBD URI.
     target: PathBuf,
     #[command(flatten)]
     options: MirrorArguments,

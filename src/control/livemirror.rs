@@ -3,7 +3,7 @@
 //! | command | arguments | return |
 //! |---|---|---|
 //! | `livemirror-status` | | [`MountStatus`](super::backend::MountStatus) |
-//! | `livemirror-mirror` | `device`, `target`, [`job-id`, `format`, `existing`, `speed`, `granularity`, `buf-size`, `on-source-error`, `on-target-error`, `copy-mode`, `max-guest-delay-ms`, `reflink`, `dry-run`] | `{}`; with `dry-run` [`MirrorPlan`](super::backend::MirrorPlan) |
+//! | `livemirror-mirror` | `device`, `target`, [`job-id`, `format`, `existing`, `speed`, `granularity`, `buf-size`, `on-source-error`, `on-target-error`, `copy-mode`, `max-guest-delay-ms`, `reconnect-ms`, `reflink`, `dry-run`] | `{}`; with `dry-run` [`MirrorPlan`](super::backend::MirrorPlan) |
 //! | `livemirror-cutover` | [`devices`, `max-pause-ms`, `patience-ms`] | list of [`CutoverReport`](super::backend::CutoverReport) |
 //! | `livemirror-verify` | `device`, [`from`] | [`Verified`](crate::mirror::verify::Verified) |
 //! | `livemirror-finish` | `device` | `{}`; `not-now` unless ready |
@@ -51,6 +51,7 @@ pub(super) fn mirror(backend: &dyn Backend, mut arguments: Arguments) -> Answer 
     if let Some(delay_ms) = arguments.size("max-guest-delay-ms")? {
         job.options.max_guest_delay = Duration::from_millis(delay_ms);
     }
+    job.options.reconnect = arguments.size("reconnect-ms")?.map(Duration::from_millis);
     let dry_run = arguments.flag("dry-run")?.unwrap_or(false);
     arguments.finish()?;
     job.format(format)?;

@@ -17,6 +17,7 @@ mod file_io;
 mod gate;
 mod lock;
 pub mod memory;
+pub mod nbd;
 mod open;
 pub mod own_mount;
 mod pages;
@@ -153,7 +154,8 @@ pub enum CopyOffer {
 /// Which image it is, whatever it is called (an inode number alone proves nothing: ext4 gives the next file the number of a deleted one).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Identity {
-    /// Random id kept in the image's xattr `user.livemirror.id`, where there are xattrs. Of a loop device: what its file is.
+    /// Random id kept in the image's xattr `user.livemirror.id`, where there are xattrs. Of a loop device: what its
+    /// file is. Of an NBD export: its URI, hashed.
     pub id: Option<String>,
     /// Device number of the file system, or of the block device itself.
     pub device: u64,
@@ -173,6 +175,8 @@ pub enum DescriptorRole {
     Locked,
     /// An O_PATH one: to open the image again with other flags through /proc/self/fd.
     Path,
+    /// The socket of an NBD connection: who takes it over reads its end (rule 14).
+    Connection,
 }
 
 /// A place where a disk's bytes live. See the module for the rules.

@@ -21,7 +21,7 @@ use super::block_device::BlockDevice;
 use super::file_io::{Direct, FileIo};
 use super::lock::{self, Fence};
 use super::raw::RawImage;
-use super::{Attributes, CacheMode, DescriptorRole, Format, Image, probe, users};
+use super::{Attributes, CacheMode, DescriptorRole, Format, Image, nbd, probe, users};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::Arc;
 use crate::sys::files;
@@ -57,6 +57,10 @@ pub struct OpenOptions {
     pub role: Role,
     /// A [`super::DescriptorRole::Locked`] descriptor from an earlier server, used instead of opening the path.
     pub descriptor: Option<OwnedFd>,
+    /// NBD: how long a request waits while the connection is lost.
+    pub reconnect: Duration,
+    /// NBD: a server that cannot be reached is tried for as long. Guests wait for it already.
+    pub insist: bool,
 }
 
 /// What belongs to an open image besides its I/O.
@@ -72,11 +76,14 @@ pub(super) struct Opened {
     pub(super) writable: bool,
 }
 
-/// Opens the image at `path`.
+/// Opens the image at `path`, which may be an NBD URI.
 ///
 /// # Errors
 /// Names the path and what is wrong with it: missing, not a file, in use, of a format that is in doubt.
 pub fn open(path: &Path, options: &OpenOptions) -> Result<Arc<dyn Image>> {
+    if nbd::uri::is_uri(path) {
+        return nbd::open(path, options);
+    }
     let path = std::path::absolute(path).map_err(|error| Error::io("cannot open", &error).on(display(path)))?;
     let name = display(&path);
     let failed = |error: io::Error| cannot_open(&name, &error);

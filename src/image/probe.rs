@@ -11,6 +11,11 @@ use crate::error::{Error, ErrorKind, Result};
 /// First bytes of a qcow2 file (and of its predecessor).
 const QCOW_MAGIC: [u8; 4] = *b"QFI\xfb";
 
+/// True if an image that begins so is a qcow2 file, or one of its predecessor.
+pub(super) fn is_qcow(magic: [u8; 4]) -> bool {
+    magic == QCOW_MAGIC
+}
+
 /// The format that a file's name promises: by its extension, raw for everything unknown.
 pub fn format_of_name(path: &Path) -> Format {
     match path.extension().and_then(|extension| extension.to_str()) {
@@ -26,7 +31,7 @@ pub fn format_of_name(path: &Path) -> Format {
 pub fn format_of_content(file: &File) -> std::io::Result<Format> {
     let mut magic = [0; 4];
     match file.read_exact_at(&mut magic, 0) {
-        Ok(()) if magic == QCOW_MAGIC => Ok(Format::Qcow2),
+        Ok(()) if is_qcow(magic) => Ok(Format::Qcow2),
         Ok(()) => Ok(Format::Raw),
         Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => Ok(Format::Raw),
         Err(error) => Err(error),

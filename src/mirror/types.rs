@@ -99,7 +99,7 @@ pub enum CancelMode {
 pub struct MirrorOptions {
     /// The job's id.
     pub job_id: String,
-    /// Absolute path of the target image.
+    /// Absolute path of the target image, or an NBD URI.
     pub target: String,
     /// The target's format; `None`: told by name and content.
     pub format: Option<Format>,
@@ -119,6 +119,9 @@ pub struct MirrorOptions {
     pub on_target_error: ErrorPolicy,
     /// How long a guest's request waits for the target, or for the intent log, at most.
     pub max_guest_delay: Duration,
+    /// NBD: how long a request waits while the connection to the target is lost. `None`: as the mount has it.
+    #[serde(default)]
+    pub reconnect: Option<Duration>,
     /// Share the source's blocks where both images lie on a file system that can.
     #[serde(default = "yes")]
     pub reflink: bool,
@@ -147,6 +150,7 @@ impl MirrorOptions {
             on_source_error: ErrorPolicy::Report,
             on_target_error: ErrorPolicy::Enospc,
             max_guest_delay: MAX_GUEST_DELAY,
+            reconnect: None,
             reflink: true,
             auto_finalize: true,
             auto_dismiss: true,

@@ -184,6 +184,9 @@ impl Server {
 
 /// The target's path as the image will be called: one image, one name.
 fn with_plain_target(options: MirrorOptions) -> MirrorOptions {
+    if crate::image::nbd::uri::is_uri(std::path::Path::new(&options.target)) {
+        return options;
+    }
     let plain = std::path::absolute(&options.target).ok().and_then(|path| path.into_os_string().into_string().ok());
     MirrorOptions { target: plain.unwrap_or_else(|| options.target.clone()), ..options }
 }

@@ -1,9 +1,11 @@
 //! What `livemirror mount` was told: made by the command line, handed to the keeper and to every server it starts.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::image::nbd::RECONNECT_DEFAULT;
 use crate::image::{CacheMode, Format};
 
 /// One disk of a mount.
@@ -11,7 +13,7 @@ use crate::image::{CacheMode, Format};
 pub struct VolumeConfig {
     /// File name in a directory mount, and the stem of the QMP device name. Unique in the mount.
     pub name: String,
-    /// Absolute path of the source, as the user named it (symlinks not resolved).
+    /// Absolute path of the source, as the user named it (symlinks not resolved), or an NBD URI.
     pub source: PathBuf,
     /// `None`: told by name and content.
     pub format: Option<Format>,
@@ -44,6 +46,9 @@ pub struct MountConfig {
     pub allow_other: bool,
     /// Use of the host's page cache.
     pub cache: CacheMode,
+    /// How long a request to an NBD server waits while the connection is lost.
+    #[serde(default = "reconnect_default")]
+    pub reconnect: Duration,
     /// Mount the successor of a superseded source (rule 10).
     pub follow: bool,
     /// Mount a superseded source all the same (rule 10).
@@ -60,6 +65,11 @@ pub struct MountConfig {
     pub foreground: bool,
     /// Further kernel mount options, already checked to be known to the kernel (`nosuid`, `nodev`, `noatime`, ...).
     pub kernel_options: Vec<String>,
+}
+
+/// Of a keeper that was made before there was the option.
+fn reconnect_default() -> Duration {
+    RECONNECT_DEFAULT
 }
 
 impl MountConfig {

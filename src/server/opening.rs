@@ -57,6 +57,8 @@ pub(super) fn open_first(
             cache: config.cache,
             role: Role::Source,
             descriptor: None,
+            reconnect: config.reconnect,
+            insist: false,
         };
         let image = open(&path, &options)?;
         let mark = newest_mark(&*image, recorded, marks)?.filter(|mark| mark.generation > generation);
@@ -95,6 +97,8 @@ pub(super) fn open_again(config: &MountConfig, state: &VolumeState, parked: Opti
         cache: config.cache,
         role: Role::Source,
         descriptor: parked,
+        reconnect: config.reconnect,
+        insist: true,
     };
     let image = open(Path::new(&state.active), &options)?;
     if !is_same(&image.identity()?, &state.active_identity) {

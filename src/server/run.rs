@@ -8,7 +8,7 @@
 //! Every server starts this way; the first one finds nothing parked and has the keeper mount. What fails before the mount
 //! leaves nothing behind.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 
 use signal_hook::consts::{SIGINT, SIGTERM};
 
@@ -24,7 +24,7 @@ use crate::control::device_names;
 use crate::control::server::ControlServer;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::{Disks, KeeperLink, ServingSession, Start};
-use crate::image::DescriptorRole;
+use crate::image::{DescriptorRole, nbd};
 use crate::state::runtime::withdraw;
 use crate::state::{Marks, MountState, RuntimeRecord, RuntimeVolume, Store};
 use crate::sync::Arc;
@@ -100,6 +100,7 @@ pub(super) struct Prepared {
 /// Opens everything and writes the record.
 pub(super) fn prepare(link: &Arc<KeeperLink>, start: Start) -> Result<Prepared> {
     let Start { config, parked, restarts, last_exit, first, .. } = start;
+    let parked = take_connections(link, parked);
     let marks = Marks::new()?;
     let owner = nix::unistd::geteuid().as_raw();
     let store = Store::open_existing(&config.state_dir, owner)?;
@@ -193,6 +194,37 @@ fn look_at_pairs(opened: &mut [OpenedVolume], store: &Store, marks: &Marks) {
             record.source_stamp = record.source_stamp.after_death(pulse_ns);
             record.target_stamp = record.target_stamp.after_death(pulse_ns);
             look_at_source(record, &*one.image, marks, one.held);
+        }
+    }
+}
+
+/// Has the sockets of NBD connections kept from now on, and takes over those of the server before: no image of theirs is opened
+/// before their ends were read (rule 14). Returns the rest.
+fn take_connections(
+    link: &Arc<KeeperLink>,
+    parked: Vec<(String, DescriptorRole, OwnedFd)>,
+) -> Vec<(String, DescriptorRole, OwnedFd)> {
+    nbd::park_with(Arc::new(Sockets(link.clone())));
+    let take = |(name, role, descriptor): (String, DescriptorRole, OwnedFd)| match role {
+        DescriptorRole::Connection => nbd::inherit(&name, descriptor).err().map(|descriptor| (name, role, descriptor)),
+        _ => Some((name, role, descriptor)),
+    };
+    parked.into_iter().filter_map(take).collect()
+}
+
+/// The keeper, as NBD images know it.
+struct Sockets(Arc<KeeperLink>);
+
+impl nbd::Parking for Sockets {
+    fn park(&self, name: &str, socket: BorrowedFd<'_>) {
+        if let Err(error) = self.0.park(name, DescriptorRole::Connection, socket) {
+            log::warn!("{error}");
+        }
+    }
+
+    fn unpark(&self, name: &str) {
+        if let Err(error) = self.0.unpark(name, DescriptorRole::Connection) {
+            log::warn!("{error}");
         }
     }
 }

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use super::config::MountConfig;
 use crate::error::{Error, ErrorKind, Result};
+use crate::image::nbd::uri;
 use crate::image::{
     Image, OpenOptions, Role, create, open, own_mount, refuse_on_own_disk, refuse_same, sync_parent_directory,
 };
@@ -32,21 +33,25 @@ pub(super) enum Place {
 /// The first thing that is wrong with it.
 pub(super) fn check(volumes: &[Arc<Volume>], state_dir: &Path, options: &MirrorOptions) -> Result<Place> {
     let path = Path::new(&options.target);
-    if !path.is_absolute() {
+    let remote = uri::is_uri(path);
+    if !path.is_absolute() && !remote {
         return Err(Error::usage("the target must be an absolute path:").on(&*options.target));
     }
-    own_mount::refuse_inside(path)?;
-    refuse_on_own_disk(path)?;
+    refuse_own(volumes, path)?;
     // A write of the record under the barrier must not wait for that very barrier.
     refuse_on_own_disk(state_dir)?;
     for volume in volumes {
-        refuse_same(&*volume.active(), path)?;
         if volume.active().name() == options.target {
             // Moved away under us: what is at the path now is another file, but one name for two images is one too few.
             return Err(Error::usage("the disk's image was opened by this path:")
                 .on(&*options.target)
                 .advise("name another file"));
         }
+    }
+    if remote {
+        // Nothing can be created there: an export is written into, always.
+        uri::check(&options.target)?;
+        return Ok(Place::Taken);
     }
     match std::fs::metadata(path) {
         Ok(meta) if meta.is_dir() => {
@@ -75,6 +80,20 @@ pub(super) fn check(volumes: &[Arc<Volume>], state_dir: &Path, options: &MirrorO
     }
 }
 
+/// Refuses a target that is a source, or lies on a disk or in a mount of ours. Of an NBD URI only the socket can be looked at.
+///
+/// # Errors
+/// Wrong usage, naming the target.
+pub(super) fn refuse_own(volumes: &[Arc<Volume>], path: &Path) -> Result<()> {
+    if uri::is_uri(path) {
+        let socket = path.to_str().and_then(uri::unix_socket);
+        return socket.map_or(Ok(()), |socket| own_mount::refuse_inside(&socket));
+    }
+    own_mount::refuse_inside(path)?;
+    refuse_on_own_disk(path)?;
+    volumes.iter().try_for_each(|volume| refuse_same(&*volume.active(), path))
+}
+
 /// Creates or opens the target of a mirror of `volume`.
 ///
 /// # Errors
@@ -92,6 +111,8 @@ pub(super) fn prepare(
         cache: config.cache,
         role: Role::Target,
         descriptor: None,
+        reconnect: options.reconnect.unwrap_or(config.reconnect),
+        insist: false,
     };
     match check(volumes, &config.state_dir, options)? {
         Place::Taken => {

@@ -11,6 +11,7 @@ use super::{run, target};
 use crate::dirty::intent::Forget;
 use crate::error::{Error, ErrorKind};
 use crate::fuse::{KeeperLink, Start};
+use crate::image::nbd::RECONNECT_DEFAULT;
 use crate::image::{CacheMode, Image, OpenOptions, Role, open};
 use crate::mirror::cutover::{CommitFailure, Committer, Ending, Switch};
 use crate::mirror::types::MirrorOptions;
@@ -42,6 +43,7 @@ impl World {
             growable: false,
             allow_other: false,
             cache: CacheMode::Writeback,
+            reconnect: RECONNECT_DEFAULT,
             follow: false,
             force: false,
             control: at("control"),

@@ -15,10 +15,11 @@ use super::backend::Server;
 use super::ledger::Ledger;
 use super::opening::locked_descriptor;
 use super::pairing::{self, Untie};
+use super::target;
 use crate::dirty::IntentLog;
 use crate::dirty::intent::{JobId, Settings};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{OpenOptions, Role, open, own_mount, refuse_on_own_disk, refuse_same};
+use crate::image::{OpenOptions, Role, open};
 use crate::mirror::Resumed;
 use crate::mirror::types::JobInfo;
 use crate::range::ByteRange;
@@ -134,17 +135,15 @@ impl Unfinished {
         let parked = parked
             .map_err(|error| Error::io("cannot use the parked target", &error).on(record.options.target.clone()))?;
         let held = self.state.lock().held;
-        own_mount::refuse_inside(path)?;
-        refuse_on_own_disk(path)?;
-        for volume in &server.volumes {
-            refuse_same(&*volume.active(), path)?;
-        }
+        target::refuse_own(&server.volumes, path)?;
         let options = OpenOptions {
             format: record.options.format,
             writable: true,
             cache: server.config.cache,
             role: Role::Target,
             descriptor: parked,
+            reconnect: record.options.reconnect.unwrap_or(server.config.reconnect),
+            insist: false,
         };
         let target = open(path, &options)?;
         let trusted = record.compare.is_none();

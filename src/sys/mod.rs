@@ -2,6 +2,7 @@
 
 pub mod descriptor;
 pub mod files;
+pub mod libnbd;
 pub mod populate;
 pub mod process;
 pub mod shared_page;

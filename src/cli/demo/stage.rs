@@ -9,6 +9,7 @@ use crate::cli::unmount;
 use crate::error::{Error, Result};
 use crate::fuse::launch;
 use crate::image::CacheMode;
+use crate::image::nbd::RECONNECT_DEFAULT;
 use crate::server::config::{Layout, MountConfig, VolumeConfig};
 
 /// A directory of our own. Dropping it unmounts what is mounted in it and removes it.
@@ -50,6 +51,7 @@ impl Stage {
             growable: false,
             allow_other: false,
             cache: CacheMode::Writeback,
+            reconnect: RECONNECT_DEFAULT,
             follow: false,
             force: false,
             control: self.path("control.sock"),

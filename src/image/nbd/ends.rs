@@ -1,0 +1,179 @@
+//! Connections whose end has not been read: what was sent over one may still change its export (rule 14).
+//!
+//! ```text
+//! connection made ──> registered, its socket parked with the keeper ──> first request
+//! connection over ──> half-closed ──> its end is read ──> unparked, forgotten ──> the next one may write
+//! server killed   ──> the next server inherits the sockets, half-closes each and reads its end before it opens the export
+//! ```
+//!
+//! A server's end of the connection is its word that it is done (the protocol: it handles all outstanding requests before
+//! it closes). A reset counts as the same: nobody is there any more to do anything. When the *kernel* gives a silent host up nobody knows.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{MsgFlags, Shutdown, recv, shutdown};
+use parking_lot::{Condvar, Mutex};
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// Keeps sockets beyond the death of this process.
+pub trait Parking: Send + Sync {
+    /// Keeps `socket` under `name`.
+    fn park(&self, name: &str, socket: BorrowedFd<'_>);
+    /// Closes it.
+    fn unpark(&self, name: &str);
+}
+
+/// How a parked socket is called, so that it is known again: this, the process and a number, the URI.
+const NAME: &str = "nbd ";
+
+static OPEN: Mutex<Vec<Entry>> = Mutex::new(Vec::new());
+static CHANGED: Condvar = Condvar::new();
+static PARKING: Mutex<Option<Arc<dyn Parking>>> = Mutex::new(None);
+static NEXT: AtomicU64 = AtomicU64::new(0);
+
+struct Entry {
+    name: String,
+    uri: String,
+}
+
+/// A connection whose end has not been read. Dropped, it stays registered: only [`OpenEnd::read`] ends that.
+#[derive(Debug)]
+pub(super) struct OpenEnd {
+    name: String,
+    socket: OwnedFd,
+}
+
+/// From now on sockets are parked there.
+pub fn park_with(parking: Arc<dyn Parking>) {
+    *PARKING.lock() = Some(parking);
+}
+
+/// Takes over what an earlier server had parked under `name`, if it is a connection: its end is read by a thread of its own, and no
+/// image of that export is opened before. Gives back what is none.
+///
+/// # Errors
+/// The descriptor, if it is something else.
+pub fn inherit(name: &str, socket: OwnedFd) -> Result<(), OwnedFd> {
+    let Some(uri) = name.strip_prefix(NAME).and_then(|rest| rest.split_once(' ')).map(|(_, uri)| uri) else {
+        return Err(socket);
+    };
+    OPEN.lock().push(Entry { name: name.to_owned(), uri: uri.to_owned() });
+    let end = OpenEnd { name: name.to_owned(), socket };
+    let shown = uri.to_owned();
+    let read = move || match end.read() {
+        Ok(()) => log::info!("{shown}: the connection of the server before has ended"),
+        Err(error) => log::error!("{shown}: the end of the connection of the server before cannot be read: {error}"),
+    };
+    if let Err(error) = std::thread::Builder::new().name("nbd-end".into()).stack_size(256 << 10).spawn(read) {
+        log::error!("cannot start a thread: {error}");
+    }
+    Ok(())
+}
+
+/// Waits until no connection to `uri` is open, of this process or inherited.
+///
+/// # Errors
+/// [`ErrorKind::Locked`]: one still was at `deadline`.
+pub(super) fn wait_for_all(uri: &str, deadline: Instant) -> Result<()> {
+    let mut open = OPEN.lock();
+    while open.iter().any(|entry| entry.uri == uri) {
+        if CHANGED.wait_until(&mut open, deadline).timed_out() {
+            let what =
+                "an earlier connection has not ended: its server may still be writing, or the export is in use here:";
+            let advice = "wait for the NBD server, or restart it; an export is used by one disk at a time";
+            return Err(Error::new(ErrorKind::Locked, what).on(uri).advise(advice));
+        }
+    }
+    Ok(())
+}
+
+impl OpenEnd {
+    /// Registers a new connection. Before the first request goes out.
+    pub(super) fn new(uri: &str, socket: OwnedFd) -> Self {
+        let name = format!("{NAME}{}.{} {uri}", std::process::id(), NEXT.fetch_add(1, Relaxed));
+        OPEN.lock().push(Entry { name: name.clone(), uri: uri.to_owned() });
+        if let Some(parking) = &*PARKING.lock() {
+            parking.park(&name, socket.as_fd());
+        }
+        OpenEnd { name, socket }
+    }
+
+    /// The socket, to wait for.
+    pub(super) fn socket(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
+    /// Ends our half: the server gets no more than it has.
+    pub(super) fn half_close(&self) {
+        // It may have been reset already.
+        let _ = shutdown(self.socket.as_raw_fd(), Shutdown::Write);
+    }
+
+    /// Half-closes, and reads whatever comes until the server closes too, however long that takes.
+    ///
+    /// # Errors
+    /// The kernel gave the connection up: nobody knows what the server may still do. It stays registered.
+    pub(super) fn read(self) -> io::Result<()> {
+        self.half_close();
+        let mut buffer = vec![0; 64 << 10];
+        loop {
+            match recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT) {
+                Ok(0) => break,
+                Ok(_) | Err(Errno::EINTR) => (),
+                Err(Errno::EAGAIN) => {
+                    let mut polled = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
+                    let _ = poll(&mut polled, PollTimeout::NONE);
+                }
+                // The peer is gone, with all that it was about to do.
+                Err(Errno::ECONNRESET | Errno::EPIPE | Errno::ENOTCONN) => break,
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        OPEN.lock().retain(|entry| entry.name != self.name);
+        CHANGED.notify_all();
+        if let Some(parking) = &*PARKING.lock() {
+            parking.unpark(&self.name);
+        }
+        Ok(())
+    }
+}
+
+/// How long a new image waits for the connections of the one before.
+pub(super) const PATIENCE: Duration = Duration::from_secs(10);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn an_export_is_not_opened_before_the_end_of_the_connection_before_was_read() {
+        let uri = "nbd://ends.test/one";
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let end = OpenEnd::new(uri, ours.into());
+        let name = end.name.clone();
+        assert_eq!(wait_for_all(uri, Instant::now()).unwrap_err().kind(), ErrorKind::Locked);
+        wait_for_all("nbd://ends.test/other", Instant::now()).unwrap();
+        // This process dies; another one takes the parked socket over.
+        let OpenEnd { socket, .. } = end;
+        OPEN.lock().retain(|entry| entry.name != name);
+        inherit(&name, socket).unwrap();
+        // The server reads all that was sent, works on it, and answers: only then is the export free.
+        let mut rest = Vec::new();
+        theirs.read_to_end(&mut rest).unwrap();
+        assert!(wait_for_all(uri, Instant::now()).is_err(), "half-closed, but its end was not read");
+        theirs.write_all(&[0; 100]).unwrap();
+        drop(theirs);
+        wait_for_all(uri, Instant::now() + Duration::from_secs(60)).unwrap();
+        let (other, _end) = UnixStream::pair().unwrap();
+        assert!(inherit("image /disk.img", other.into()).is_err());
+    }
+}

@@ -1,0 +1,340 @@
+//! An NBD export as an image.
+
+use std::time::{Duration, Instant, SystemTime};
+
+use super::change::{Change, Trouble};
+use super::extents::{self, Extents};
+use super::link::{Link, Patience};
+use super::ranges::Held;
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::{Attributes, Extent, ExtentStatus, Format, Identity, Image, Properties, Room, check_bounds};
+use crate::range::ByteRange;
+use crate::sync::{Arc, Mutex};
+use crate::sys::libnbd::{Command, Library};
+
+/// See the module. Dropped, it ends its connections after what is under way.
+#[derive(Debug)]
+pub(super) struct NbdImage {
+    uri: String,
+    link: Arc<Link>,
+    patience: Patience,
+    writable: bool,
+    size_bytes: u64,
+    extents: Extents,
+    /// Nothing else is known of the image's times.
+    opened: SystemTime,
+    /// One forced flush at a time, and what it met that nobody was told: the next flush says so.
+    owed: Mutex<Option<Error>>,
+}
+
+impl NbdImage {
+    /// Connects to `uri`.
+    pub(super) fn open(
+        library: &'static Library,
+        uri: &str,
+        patience: Patience,
+        writable: bool,
+    ) -> std::result::Result<Self, String> {
+        let link = Link::open(library, uri, patience, writable)?;
+        let size_bytes = link.export().size_bytes;
+        let (extents, opened, owed) = (Extents::default(), SystemTime::now(), Mutex::new(None));
+        Ok(NbdImage { uri: uri.to_owned(), link, patience, writable, size_bytes, extents, opened, owed })
+    }
+
+    /// True if the server refuses writes.
+    pub(super) fn is_read_only(&self) -> bool {
+        self.link.export().read_only
+    }
+
+    /// True if a write can be made durable at all.
+    pub(super) fn can_be_durable(&self) -> bool {
+        let export = self.link.export();
+        export.keeps() || export.writes_through()
+    }
+
+    fn deadline(&self) -> Instant {
+        Instant::now() + self.patience.answer + self.patience.reconnect
+    }
+
+    fn failed(&self, what: &str, range: ByteRange, trouble: &Trouble) -> Error {
+        let error = match trouble {
+            Trouble::Server(errno) => Error::io(what, &std::io::Error::from_raw_os_error(*errno)).on(&*self.uri),
+            _ => Error::new(ErrorKind::Failed, format!("{what} ({trouble})")).on(&*self.uri),
+        };
+        if range.is_empty() { error } else { error.at(range) }
+    }
+
+    /// `range` in whole blocks, no further than the end.
+    fn blocks(&self, range: ByteRange) -> ByteRange {
+        range.align_out(self.link.export().block_bytes).intersect(ByteRange::new(0, self.size_bytes))
+    }
+
+    fn read_blocks(&self, blocks: ByteRange) -> std::result::Result<Vec<u8>, Trouble> {
+        let commands = blocks.pieces(self.link.export().request_bytes_max).map(|piece| Command::Read {
+            offset: piece.start(),
+            len: usize::try_from(piece.len()).expect("a request in memory"),
+        });
+        let mut replies = self.link.run(commands.collect(), None)?.into_iter();
+        let mut bytes = replies.next().map(|reply| reply.bytes).unwrap_or_default();
+        replies.for_each(|reply| bytes.extend_from_slice(&reply.bytes));
+        Ok(bytes)
+    }
+
+    /// Holds `range` for a change with so many bytes, with room to keep it.
+    fn begin(&self, what: &str, range: ByteRange, bytes: u64) -> Result<Arc<Held>> {
+        check_bounds(self, what, range)?;
+        if !self.writable {
+            let what = format!("cannot {what}: opened read-only:");
+            return Err(Error::new(ErrorKind::ReadOnly, what).on(&*self.uri).at(range));
+        }
+        self.make_room(bytes)?;
+        let held = self.link.ranges.hold(self.blocks(range), self.deadline());
+        held.ok_or_else(|| self.failed(&format!("cannot {what}"), range, &Trouble::Silent))
+    }
+
+    /// Flushes until a change of so many bytes can be kept (rule 13).
+    fn make_room(&self, bytes: u64) -> Result<()> {
+        if self.link.has_room_for(bytes) {
+            return Ok(());
+        }
+        let mut owed = self.owed.lock();
+        if self.link.has_room_for(bytes) {
+            return Ok(());
+        }
+        match self.link.flush() {
+            Ok(()) => Ok(()),
+            Err(trouble) => {
+                let error = self.failed("cannot flush", ByteRange::new(0, 0), &trouble);
+                log::error!("{error}");
+                // What the server says of its flush concerns writes before this one; without an answer this one has no room.
+                match trouble {
+                    Trouble::Server(_) | Trouble::Refused(_) => {
+                        owed.get_or_insert(error);
+                        Ok(())
+                    }
+                    _ => Err(error),
+                }
+            }
+        }
+    }
+
+    fn change(&self, what: &str, range: ByteRange, change: &Change, held: &Arc<Held>) -> Result<()> {
+        self.extents.forget(range);
+        let result = self.link.change(change, held);
+        self.extents.forget(range);
+        result.map_err(|trouble| self.failed(&format!("cannot {what}"), range, &trouble))
+    }
+
+    fn zero(&self, what: &str, range: ByteRange, keep: bool) -> Result<()> {
+        check_bounds(self, what, range)?;
+        let block = self.link.export().block_bytes;
+        // What is no whole block is written, the image's last one aside.
+        let whole = ByteRange::from_bounds(
+            range.start().next_multiple_of(block),
+            match range.end() {
+                end if end == self.size_bytes => end,
+                end => end - end % block,
+            },
+        );
+        if whole.is_empty() {
+            return self.write_at(range.start(), &vec![0; length(range)]);
+        }
+        for edge in
+            [ByteRange::from_bounds(range.start(), whole.start()), ByteRange::from_bounds(whole.end(), range.end())]
+        {
+            if !edge.is_empty() {
+                self.write_at(edge.start(), &vec![0; length(edge)])?;
+            }
+        }
+        let held = self.begin(what, whole, 0)?;
+        self.change(what, whole, &Change::Zero { range: whole, keep }, &held)
+    }
+
+    fn extent_ahead(&self, offset: u64, ahead: u64) -> Extent {
+        let rest = ByteRange::from_bounds(offset, self.size_bytes);
+        let known = self.extents.at(offset).or_else(|| self.look(rest.split(ahead).0));
+        let whole = Extent { range: rest, status: ExtentStatus::Data };
+        known.map_or(whole, |found| Extent { range: found.range.intersect(rest), status: found.status })
+    }
+
+    /// Asks about `range`; nothing if the server does not tell, or what is told may be no longer true in a moment.
+    fn look(&self, range: ByteRange) -> Option<Extent> {
+        let range = self.blocks(range);
+        let settled = self.link.ranges.wait_for_abandoned(range, Instant::now());
+        if !self.link.export().can_status || range.is_empty() || !settled {
+            return None;
+        }
+        let question = self.extents.ask(range);
+        let command = Command::Status { offset: range.start(), len: range.len() };
+        let answer = match self.link.run(vec![command], None) {
+            Ok(mut replies) => replies.pop().map(|reply| reply.extents).unwrap_or_default(),
+            Err(trouble) => {
+                log::debug!("{}", self.failed("cannot ask for the extents of", range, &trouble));
+                Vec::new()
+            }
+        };
+        let found = extents::from_answer(range, &answer, self.size_bytes);
+        let first = found.first().copied();
+        self.extents.learn(question, found);
+        first
+    }
+}
+
+fn length(range: ByteRange) -> usize {
+    usize::try_from(range.len()).expect("a range in memory")
+}
+
+impl Image for NbdImage {
+    fn name(&self) -> &str {
+        &self.uri
+    }
+
+    fn format(&self) -> Format {
+        Format::Raw
+    }
+
+    fn size_bytes(&self) -> u64 {
+        self.size_bytes
+    }
+
+    fn properties(&self) -> Properties {
+        let export = self.link.export();
+        Properties {
+            request_alignment: export.block_bytes,
+            cluster_bytes: None,
+            thin_zeroing: export.can_zero || (export.can_trim && export.can_status),
+            writable: self.writable,
+            resizable: false,
+        }
+    }
+
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        let range = ByteRange::new(offset, buffer.len() as u64);
+        check_bounds(self, "read", range)?;
+        let blocks = self.blocks(range);
+        let read = match self.link.ranges.wait_for_abandoned(blocks, self.deadline()) {
+            true => self.read_blocks(blocks),
+            false => Err(Trouble::Silent),
+        };
+        let bytes = read.map_err(|trouble| self.failed("cannot read", range, &trouble))?;
+        let skip = length(ByteRange::from_bounds(blocks.start(), range.start()));
+        buffer.copy_from_slice(&bytes[skip..skip + buffer.len()]);
+        Ok(())
+    }
+
+    fn write_at(&self, offset: u64, data: &[u8]) -> Result<()> {
+        let range = ByteRange::new(offset, data.len() as u64);
+        if data.is_empty() {
+            return check_bounds(self, "write", range);
+        }
+        let held = self.begin("write", range, range.len())?;
+        let blocks = self.blocks(range);
+        let bytes = if blocks == range {
+            data.to_vec()
+        } else {
+            let read = self.read_blocks(blocks);
+            let mut bytes = read.map_err(|trouble| self.failed("cannot read around", range, &trouble))?;
+            let skip = length(ByteRange::from_bounds(blocks.start(), range.start()));
+            bytes[skip..skip + data.len()].copy_from_slice(data);
+            bytes
+        };
+        self.change("write", range, &Change::Write { offset: blocks.start(), data: Arc::new(bytes) }, &held)
+    }
+
+    fn write_zeroes(&self, range: ByteRange) -> Result<()> {
+        self.zero("write zeroes", range, true)
+    }
+
+    /// WRITE_ZEROES that may punch, or a trim and a look. Never a trim alone: that promises no zeroes.
+    fn discard(&self, range: ByteRange) -> Result<()> {
+        if !self.properties().thin_zeroing {
+            let what = "the NBD server cannot free space and leave zeroes:";
+            return Err(Error::new(ErrorKind::Unsupported, what).on(&*self.uri).at(range));
+        }
+        self.zero("discard", range, false)
+    }
+
+    /// No request of NBD's allocates. Who writes there hears whether there is room.
+    fn allocate(&self, range: ByteRange) -> Result<()> {
+        check_bounds(self, "allocate", range)?;
+        let what = "an NBD server cannot allocate room ahead:";
+        Err(Error::new(ErrorKind::Unsupported, what).on(&*self.uri).at(range))
+    }
+
+    fn flush(&self) -> Result<()> {
+        if !self.writable {
+            return Ok(());
+        }
+        let nothing = ByteRange::new(0, 0);
+        let failed = |trouble| self.failed("cannot flush", nothing, &trouble);
+        if !self.link.ranges.wait_for_abandoned(ByteRange::new(0, self.size_bytes), self.deadline()) {
+            return Err(failed(Trouble::Silent));
+        }
+        let flushed = self.link.flush().map_err(failed);
+        match self.owed.lock().take() {
+            Some(owed) => Err(owed),
+            None => flushed,
+        }
+    }
+
+    fn extent_at(&self, offset: u64) -> Extent {
+        self.extent_ahead(offset, extents::AHEAD_BYTES)
+    }
+
+    fn extent_within(&self, range: ByteRange) -> Extent {
+        self.extent_ahead(range.start(), range.len().max(extents::AHEAD_LITTLE_BYTES))
+    }
+
+    /// A server does not tell: its size.
+    fn allocated_bytes(&self) -> Result<u64> {
+        Ok(self.size_bytes)
+    }
+
+    fn resize(&self, _size_bytes: u64) -> Result<()> {
+        Err(Error::new(ErrorKind::Unsupported, "an NBD export has a fixed size: cannot resize").on(&*self.uri))
+    }
+
+    /// The protocol knows none: the disk is its user's alone, and as old as this connection.
+    fn attributes(&self) -> Result<Attributes> {
+        let (uid, gid) = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());
+        let (modified, changed, accessed) = (self.opened, self.opened, self.opened);
+        Ok(Attributes { mode: 0o600, uid, gid, modified, changed, accessed })
+    }
+
+    /// There is room for exactly what fits the export.
+    fn room(&self) -> Result<Room> {
+        let size = self.size_bytes;
+        Ok(Room { available_bytes: size, free_bytes: size, total_bytes: size })
+    }
+
+    /// Its URI is all that is known of it.
+    fn identity(&self) -> Result<Identity> {
+        let id = format!("nbd-{:016x}", xxhash_rust::xxh3::xxh3_64(self.uri.as_bytes()));
+        Ok(Identity { id: Some(id), device: 0, inode: 0, birth_ns: None, size_bytes: self.size_bytes })
+    }
+
+    fn give_up(&self) {
+        self.link.give_up();
+    }
+}
+
+impl Drop for NbdImage {
+    fn drop(&mut self) {
+        self.link.close();
+    }
+}
+
+impl std::fmt::Display for Trouble {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Trouble::Server(errno) => write!(f, "the server answered: {}", std::io::Error::from_raw_os_error(*errno)),
+            Trouble::Refused(text) => f.write_str(text),
+            Trouble::Lost(reason) => write!(f, "no connection to the NBD server: {reason}"),
+            Trouble::Silent => f.write_str("the NBD server does not answer"),
+            Trouble::GivenUp => f.write_str("given up"),
+        }
+    }
+}
+
+/// How long a request to an NBD server waits while the connection is lost, where nothing else is told.
+pub const RECONNECT_DEFAULT: Duration = Duration::from_secs(60);

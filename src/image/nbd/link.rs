@@ -1,0 +1,479 @@
+//! The way to an export: its connections, made anew when they are lost.
+//!
+//! ```text
+//!             up ──── a connection ends ────> down ──── all ends read ────> connecting, later and later
+//!              ^                                                               │
+//!              └────── what was kept is sent again, in its order <── connected ┘
+//! ```
+//!
+//! - A request waits for its answer [`Patience::answer`], and while there is no connection [`Patience::reconnect`]: then it fails, and the
+//!   guest or the mirror hears of it. Nothing waits for ever. Connecting goes on all the same.
+//! - One connection that ends takes the others with it: the server may have died, and only one that has everything that was kept
+//!   may be read. Nobody reads or writes between.
+//! - No connection is made before the ends of all before it were read (rule 14). If the kernel gave one up on which changes were under
+//!   way, that can never be: the link stays **broken**, and every request fails, until the disk is mounted again.
+
+use std::sync::Weak;
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::time::{Duration, Instant};
+
+use super::call::{Answer, Call, Reply};
+use super::change::{Carrier, Change, Trouble, carry_out};
+use super::connection::{Connection, End, Export};
+use super::kept::Kept;
+use super::ranges::{Held, Ranges};
+use crate::sync::{Arc, Condvar, Mutex, wait_until};
+use crate::sys::libnbd::{Command, Library};
+
+/// Connections where the server allows several.
+const CONNECTIONS: usize = 4;
+/// The first wait between two attempts to connect; doubles up to [`BACK_OFF_MAX`].
+const BACK_OFF_MIN: Duration = Duration::from_millis(50);
+const BACK_OFF_MAX: Duration = Duration::from_secs(2);
+/// How often a waiting request looks whether it was given up.
+const GIVE_UP_POLL: Duration = Duration::from_millis(200);
+
+/// How long a server is waited for.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Patience {
+    /// While there is no connection. 0: not at all.
+    pub(super) reconnect: Duration,
+    /// For the answer to one request.
+    pub(super) answer: Duration,
+    /// For the answer to a flush, which may have much to write.
+    pub(super) flush: Duration,
+    /// For a connection.
+    pub(super) connect: Duration,
+}
+
+impl Patience {
+    /// What follows from `--reconnect`.
+    pub(super) fn new(reconnect: Duration) -> Self {
+        let answer = reconnect.max(Duration::from_secs(60));
+        Patience { reconnect, answer, flush: answer * 5, connect: Duration::from_secs(10) }
+    }
+}
+
+/// See the module.
+pub(super) struct Link {
+    uri: String,
+    library: &'static Library,
+    patience: Patience,
+    writable: bool,
+    /// Held for the first connections, so that later ones can be told from others: what the server must still offer.
+    first: Export,
+    state: Mutex<State>,
+    changed: Condvar,
+    kept: Kept,
+    pub(super) ranges: Arc<Ranges>,
+    given_up: AtomicU64,
+}
+
+struct State {
+    phase: Phase,
+    connections: Vec<Arc<Connection>>,
+    /// Of the connections of this generation, so many were made and so many have ended.
+    made: usize,
+    ended: usize,
+    generation: u64,
+    export: Export,
+}
+
+enum Phase {
+    Up,
+    Down {
+        since: Instant,
+        reason: String,
+    },
+    /// For good.
+    Broken(String),
+    Closed,
+}
+
+impl std::fmt::Debug for Link {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Link").field("uri", &self.uri).finish_non_exhaustive()
+    }
+}
+
+impl Link {
+    /// Connects for the first time.
+    ///
+    /// # Errors
+    /// Why not, in words.
+    pub(super) fn open(
+        library: &'static Library,
+        uri: &str,
+        patience: Patience,
+        writable: bool,
+    ) -> Result<Arc<Self>, String> {
+        // The first connection says what there is. Should it end before the link is there, that is noticed then.
+        let slot: Arc<Mutex<(Weak<Link>, Option<End>)>> = Arc::default();
+        let deadline = Instant::now() + patience.connect;
+        let early = slot.clone();
+        let on_end = move |end| {
+            let mut slot = early.lock();
+            match slot.0.upgrade() {
+                Some(link) => link.note_end(0, end),
+                None => slot.1 = Some(end),
+            }
+        };
+        let first = Connection::open(library, uri, deadline, on_end)?;
+        let export = first.export.clone();
+        let link = Arc::new(Link {
+            uri: uri.to_owned(),
+            library,
+            patience,
+            writable,
+            first: export.clone(),
+            state: Mutex::new(State {
+                phase: Phase::Up,
+                connections: vec![Arc::new(first)],
+                made: 1,
+                ended: 0,
+                generation: 0,
+                export,
+            }),
+            changed: Condvar::new(),
+            kept: Kept::default(),
+            ranges: Arc::default(),
+            given_up: AtomicU64::new(0),
+        });
+        {
+            let mut slot = slot.lock();
+            slot.0 = Arc::downgrade(&link);
+            if let Some(end) = slot.1.take() {
+                link.note_end(0, end);
+            }
+        }
+        let failed = |error: std::io::Error| error.to_string();
+        link.add_connections(0);
+        let mender = link.clone();
+        let spawned = std::thread::Builder::new().name("nbd-link".into()).spawn(move || mender.mend());
+        spawned.map_err(failed)?;
+        Ok(link)
+    }
+
+    /// What the server says of the export now.
+    pub(super) fn export(&self) -> Export {
+        self.state.lock().export.clone()
+    }
+
+    fn connect(self: &Arc<Self>, generation: u64) -> Result<Arc<Connection>, String> {
+        let link = Arc::downgrade(self);
+        let deadline = Instant::now() + self.patience.connect;
+        let on_end = move |end| {
+            if let Some(link) = link.upgrade() {
+                link.note_end(generation, end);
+            }
+        };
+        let connection = Connection::open(self.library, &self.uri, deadline, on_end)?;
+        self.state.lock().made += 1;
+        Ok(Arc::new(connection))
+    }
+
+    /// Makes the other connections, where the server allows several. Fewer will do.
+    fn add_connections(self: &Arc<Self>, generation: u64) {
+        let several = self.state.lock().export.multi_conn;
+        for _ in 1..if several { CONNECTIONS } else { 1 } {
+            match self.connect(generation) {
+                Ok(connection) => self.state.lock().connections.push(connection),
+                Err(reason) => {
+                    log::debug!("{}: no further connection: {reason}", self.uri);
+                    break;
+                }
+            }
+        }
+    }
+
+    fn note_end(&self, generation: u64, end: End) {
+        let mut state = self.state.lock();
+        debug_assert_eq!(state.generation, generation, "a connection outlived its generation");
+        state.ended += 1;
+        match &state.phase {
+            Phase::Closed | Phase::Broken(_) => (),
+            _ if end.unknown => {
+                log::error!(
+                    "{}: the connection is lost: {}; what was under way may still be done",
+                    self.uri,
+                    end.reason
+                );
+                state.phase = Phase::Broken(end.reason);
+            }
+            Phase::Up => {
+                log::warn!("{}: the connection is lost: {}", self.uri, end.reason);
+                state.phase = Phase::Down { since: Instant::now(), reason: end.reason };
+            }
+            Phase::Down { .. } => (),
+        }
+        self.changed.notify_all();
+    }
+
+    /// Makes lost connections anew, until the link is closed.
+    fn mend(self: &Arc<Self>) {
+        let mut wait = BACK_OFF_MIN;
+        loop {
+            let (old, generation) = {
+                let mut state = self.state.lock();
+                while matches!(state.phase, Phase::Up) {
+                    self.changed.wait(&mut state);
+                }
+                (std::mem::take(&mut state.connections), state.generation)
+            };
+            old.iter().for_each(|connection| connection.close());
+            drop(old);
+            {
+                let mut state = self.state.lock();
+                while state.ended < state.made && matches!(state.phase, Phase::Down { .. }) {
+                    self.changed.wait(&mut state);
+                }
+                if !matches!(state.phase, Phase::Down { .. }) {
+                    if matches!(state.phase, Phase::Closed) {
+                        return;
+                    }
+                    // Broken: nothing is to be done but to wait for the end.
+                    self.changed.wait(&mut state);
+                    continue;
+                }
+                (state.made, state.ended, state.generation) = (0, 0, generation + 1);
+            }
+            match self.revive(generation + 1) {
+                Ok(()) => wait = BACK_OFF_MIN,
+                Err(why) => {
+                    let mut state = self.state.lock();
+                    if let Phase::Down { reason, .. } = &mut state.phase {
+                        if *reason != why {
+                            log::warn!("{}: no connection: {why}", self.uri);
+                            *reason = why;
+                        }
+                    }
+                    let until = Instant::now() + wait;
+                    while !matches!(state.phase, Phase::Closed) && wait_until(&self.changed, &mut state, Some(until)) {}
+                    wait = (wait * 2).min(BACK_OFF_MAX);
+                }
+            }
+        }
+    }
+
+    /// Connects, checks that it is the same export, and sends again what was kept.
+    fn revive(self: &Arc<Self>, generation: u64) -> Result<(), String> {
+        let first = self.connect(generation)?;
+        let checked = self.check(&first.export).and_then(|()| self.send_again(&first));
+        let mut state = self.state.lock();
+        state.connections.push(first.clone());
+        checked?;
+        state.export = first.export.clone();
+        drop(state);
+        self.add_connections(generation);
+        let mut state = self.state.lock();
+        if state.ended > 0 {
+            return Err("the connection was lost again".to_owned());
+        }
+        if let Phase::Down { since, .. } = &state.phase {
+            log::info!("{}: connected again after {:.1} s", self.uri, since.elapsed().as_secs_f64());
+            state.phase = Phase::Up;
+        }
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    /// Another server may listen there by now.
+    fn check(&self, export: &Export) -> Result<(), String> {
+        let first = &self.first;
+        if export.size_bytes != first.size_bytes {
+            return Err(format!("the export has {} bytes now, and had {}", export.size_bytes, first.size_bytes));
+        }
+        if self.writable && export.read_only {
+            return Err("the export is read-only now".to_owned());
+        }
+        if export.block_bytes > first.block_bytes || (first.keeps() && !export.keeps()) {
+            return Err("the server can do less now than it could".to_owned());
+        }
+        Ok(())
+    }
+
+    fn send_again(&self, connection: &Connection) -> Result<(), String> {
+        let kept = self.kept.all();
+        for (change, acknowledged) in &kept {
+            let mut carrier = Alone { connection, patience: self.patience };
+            match carry_out(&connection.export, change, &mut carrier) {
+                // One that was not acknowledged has a caller, who tries again and hears of it.
+                Err(Trouble::Server(_)) if !acknowledged => (),
+                Err(trouble) => return Err(format!("changes that it has lost cannot be sent again ({trouble})")),
+                Ok(()) => (),
+            }
+        }
+        if !kept.is_empty() {
+            log::info!("{}: {} changes that were not flushed were sent again", self.uri, kept.len());
+        }
+        Ok(())
+    }
+
+    /// The least busy connection.
+    fn connection(&self, deadline: Instant) -> Result<Arc<Connection>, Trouble> {
+        let mut state = self.state.lock();
+        loop {
+            match &state.phase {
+                Phase::Up => {
+                    let best = state.connections.iter().min_by_key(|connection| connection.load());
+                    return best.cloned().ok_or_else(|| Trouble::Lost("there is none".to_owned()));
+                }
+                Phase::Down { since, reason } => {
+                    let until = deadline.min(*since + self.patience.reconnect);
+                    if Instant::now() >= until {
+                        return Err(Trouble::Lost(reason.clone()));
+                    }
+                    wait_until(&self.changed, &mut state, Some(until));
+                }
+                Phase::Broken(reason) => return Err(Trouble::Lost(reason.clone())),
+                Phase::Closed => return Err(Trouble::Lost("it was closed".to_owned())),
+            }
+        }
+    }
+
+    /// Carries out requests; `hold` is the range of a change.
+    pub(super) fn run(&self, commands: Vec<Command>, hold: Option<&Arc<Held>>) -> Result<Vec<Reply>, Trouble> {
+        let result = self.try_run(commands, hold);
+        if let (Err(Trouble::Silent | Trouble::GivenUp), Some(hold)) = (&result, hold) {
+            hold.abandon();
+        }
+        result
+    }
+
+    fn try_run(&self, commands: Vec<Command>, hold: Option<&Arc<Held>>) -> Result<Vec<Reply>, Trouble> {
+        let epoch = self.given_up.load(SeqCst);
+        let slow = commands.iter().any(|command| matches!(command, Command::Flush));
+        let answer = if slow { self.patience.flush } else { self.patience.answer };
+        let last = Instant::now() + answer + self.patience.reconnect;
+        let submit = |command: &Command| -> Result<Arc<Call>, Trouble> {
+            let call = Call::new(command.clone(), hold.cloned());
+            self.connection(last)?.submit(call.clone());
+            Ok(call)
+        };
+        let calls = commands.iter().map(submit).collect::<Vec<_>>();
+        let mut replies = Vec::with_capacity(calls.len());
+        // Every call is waited for, also after one has failed: what is under way when this returns is abandoned, or nothing.
+        let mut trouble = None;
+        for (command, call) in commands.iter().zip(calls) {
+            let mut call = call;
+            let outcome = loop {
+                match call.and_then(|call| self.wait(&call, last.min(Instant::now() + answer), epoch)) {
+                    Ok(Answer::Done(reply)) => break Ok(reply),
+                    Ok(Answer::Failed(errno)) => break Err(Trouble::Server(errno)),
+                    Ok(Answer::Refused(text)) => break Err(Trouble::Refused(text)),
+                    Ok(Answer::Lost) => break Err(Trouble::Lost("its end cannot be read".to_owned())),
+                    Ok(Answer::Ended) => call = submit(command),
+                    Err(trouble) => break Err(trouble),
+                }
+            };
+            match outcome {
+                Ok(reply) => replies.push(reply),
+                // The last word on what is under way counts more than an error number.
+                Err(Trouble::Silent) => trouble = Some(Trouble::Silent),
+                Err(error) => drop(trouble.get_or_insert(error)),
+            }
+        }
+        trouble.map_or(Ok(replies), Err)
+    }
+
+    fn wait(&self, call: &Call, deadline: Instant, epoch: u64) -> Result<Answer, Trouble> {
+        loop {
+            if let Some(answer) = call.wait(deadline.min(Instant::now() + GIVE_UP_POLL)) {
+                return Ok(answer);
+            }
+            if self.given_up.load(SeqCst) != epoch {
+                return Err(Trouble::GivenUp);
+            }
+            if Instant::now() >= deadline {
+                return Err(Trouble::Silent);
+            }
+        }
+    }
+
+    /// Makes a change, whose range is held, and keeps it until a flush has proven it.
+    pub(super) fn change(&self, change: &Change, hold: &Arc<Held>) -> Result<(), Trouble> {
+        let export = self.export();
+        let kept = export.keeps().then(|| self.kept.begin(change.clone()));
+        let result = carry_out(&export, change, &mut Together { link: self, hold });
+        if let Some(number) = kept {
+            match result {
+                Ok(()) => self.kept.acknowledge(number),
+                Err(_) => self.kept.forget(number),
+            }
+        }
+        result
+    }
+
+    /// True if a change of so many bytes can be kept without a flush before.
+    pub(super) fn has_room_for(&self, bytes: u64) -> bool {
+        self.kept.has_room_for(bytes)
+    }
+
+    /// Flushes. What the server itself says of it settles what was kept: it is durable, or the server has lost it.
+    pub(super) fn flush(&self) -> Result<(), Trouble> {
+        if !self.export().keeps() {
+            return Ok(());
+        }
+        let covered = self.kept.acknowledged();
+        let result = self.run(vec![Command::Flush], None).map(drop);
+        if matches!(result, Ok(()) | Err(Trouble::Server(_) | Trouble::Refused(_))) {
+            self.kept.settle(&covered);
+        }
+        result
+    }
+
+    /// Ends what is under way: its callers are told at once, the server's end of it is waited for.
+    pub(super) fn give_up(&self) {
+        self.given_up.fetch_add(1, SeqCst);
+        let connections = self.state.lock().connections.clone();
+        connections.iter().for_each(|connection| connection.cut());
+        self.changed.notify_all();
+    }
+
+    /// Ends the link. Connections end after what is under way, on threads of their own.
+    pub(super) fn close(&self) {
+        let connections = {
+            let mut state = self.state.lock();
+            state.phase = Phase::Closed;
+            std::mem::take(&mut state.connections)
+        };
+        self.changed.notify_all();
+        connections.iter().for_each(|connection| connection.close());
+    }
+}
+
+/// Requests of a caller, over all connections, again after each loss.
+struct Together<'a> {
+    link: &'a Link,
+    hold: &'a Arc<Held>,
+}
+
+impl Carrier for Together<'_> {
+    fn run(&mut self, commands: Vec<Command>) -> Result<Vec<Reply>, Trouble> {
+        self.link.run(commands, Some(self.hold))
+    }
+}
+
+/// Requests over one connection that nobody else uses yet.
+struct Alone<'a> {
+    connection: &'a Connection,
+    patience: Patience,
+}
+
+impl Carrier for Alone<'_> {
+    fn run(&mut self, commands: Vec<Command>) -> Result<Vec<Reply>, Trouble> {
+        let calls: Vec<_> = commands.into_iter().map(|command| Call::new(command, None)).collect();
+        calls.iter().for_each(|call| self.connection.submit(call.clone()));
+        let deadline = Instant::now() + self.patience.answer;
+        calls
+            .iter()
+            .map(|call| match call.wait(deadline) {
+                Some(Answer::Done(reply)) => Ok(reply),
+                Some(Answer::Failed(errno)) => Err(Trouble::Server(errno)),
+                Some(Answer::Refused(text)) => Err(Trouble::Refused(text)),
+                Some(Answer::Ended | Answer::Lost) => Err(Trouble::Lost("lost again".to_owned())),
+                None => Err(Trouble::Silent),
+            })
+            .collect()
+    }
+}

@@ -1,0 +1,138 @@
+//! NBD: disks on other hosts, and whatever an NBD server stands in front of. Through the C library libnbd
+//! ([`crate::sys::libnbd`]), which is loaded when the first such image is opened.
+//!
+//! ```text
+//! image.rs ── requests as the crate makes them ── change.rs: what the server can do ── link.rs: connections, made anew
+//!    │ extents.rs: what is known of them              │ kept.rs: what no flush has proven     │ connection.rs: one each, and its thread
+//!    └ ranges.rs: one change of a place at a time     └ call.rs: one request                  └ ends.rs: until their ends are read
+//! ```
+//!
+//! # What an acknowledged write survives (rule 5)
+//! A guest's write is answered when the server has answered it.
+//!
+//! | who dies | what holds the write |
+//! |---|---|
+//! | this server | the NBD server: it has the write, in its cache at least |
+//! | the NBD server, with its cache (`kept.rs`) | this server: everything since the last flush is kept and sent again, in order, before anything else is |
+//! | both | nothing, unless the guest flushed: as with a local disk in a power cut |
+//!
+//! What was flushed, everybody has. FUA is used where a server offers it and no flush: then every write carries it, and nothing
+//! has to be kept. For all others FUA on every write would cost a flush each, to survive what no disk survives. What is kept is
+//! bounded; who would exceed the bound flushes first.
+//!
+//! A target is no different, so that a cutover changes nothing: after a lost connection everything since its last flush is not
+//! only dirty, it is sent again.
+//!
+//! # Nothing lands late (rule 14)
+//! A connection that was lost is half-closed, and its end is read, before another one writes; over the death of this server too, since
+//! the keeper keeps the sockets (`ends.rs`). A request whose caller waits no longer holds its range until then: nobody writes there,
+//! and who reads there waits, or fails. A server that is silent is not replaced by another connection while it may still work on
+//! what it was sent: when it goes on, so does everything; if it is stuck for good, restarting it ends the connection. Where a host
+//! vanishes and the kernel gives the connection up with changes under way, nobody knows what will be done with them: the image is
+//! broken for good, a target's job fails and says so, a disk's requests fail until it is mounted again.
+//!
+//! The protocol has a server finish all requests before it closes a connection. One that closes earlier (qemu-nbd, when a connection ends
+//! while its requests are being carried out) can do the rest a moment later; no client can tell.
+//!
+//! # What NBD does not have
+//! Locks (rule 9): that an export has one writer is the server's affair, or the administrator's; this process uses one URI once.
+//! Identities and times (rule 11): a mirror that is resumed compares everything. A size that changes: an export that comes
+//! back with another one is refused. Zeroing by trim: that promises nothing about what is read (`change.rs`).
+
+mod call;
+mod change;
+mod connection;
+mod ends;
+mod extents;
+mod image;
+mod kept;
+mod link;
+mod ranges;
+#[cfg(test)]
+mod tests;
+pub mod uri;
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+pub use self::ends::{Parking, inherit, park_with};
+pub use self::image::RECONNECT_DEFAULT;
+
+use self::image::NbdImage;
+use self::link::Patience;
+use super::open::{OpenOptions, Role};
+use super::{CacheMode, Format, Image};
+use crate::error::{Error, ErrorKind, Result};
+use crate::sync::Arc;
+use crate::sys::libnbd;
+
+/// How often a server that must come back is tried.
+const INSIST_EVERY: Duration = Duration::from_millis(500);
+
+/// Opens the export that `place`, an NBD URI, names.
+///
+/// # Errors
+/// The library is missing; the server cannot be reached, or does not let this be opened so.
+pub(super) fn open(place: &Path, options: &OpenOptions) -> Result<Arc<dyn Image>> {
+    let name = place.to_str().ok_or_else(|| Error::usage("the URI is not UTF-8:").on(place.display().to_string()))?;
+    uri::check(name)?;
+    if options.format == Some(Format::Qcow2) {
+        let what = "a format inside of an NBD export is not supported: cannot open";
+        return Err(Error::new(ErrorKind::Unsupported, what)
+            .on(name)
+            .advise("have the server open it: qemu-nbd -f qcow2, and pass --format raw"));
+    }
+    let library = libnbd::library().map_err(|why| missing(name, why))?;
+    let patience = Patience::new(options.reconnect);
+    let deadline = Instant::now() + if options.insist { patience.reconnect } else { Duration::ZERO };
+    if options.role != Role::Observer {
+        ends::wait_for_all(name, deadline.max(Instant::now() + ends::PATIENCE))?;
+    }
+    let image = loop {
+        match NbdImage::open(library, name, patience, options.writable) {
+            Ok(image) => break image,
+            Err(why) if Instant::now() >= deadline => return Err(unreachable(name, &why)),
+            Err(why) => log::warn!("{name}: no connection: {why}"),
+        }
+        std::thread::sleep(INSIST_EVERY);
+    };
+    if options.writable && image.is_read_only() {
+        let error = Error::new(ErrorKind::ReadOnly, "the NBD server exports this read-only: cannot open");
+        return Err(error.on(name).advise("pass --read-only, or have the server let it be written"));
+    }
+    if options.writable && !image.can_be_durable() {
+        log::warn!("{name}: the server offers no flush: what it acknowledges is as durable as it makes it by itself");
+    }
+    if options.cache == CacheMode::None {
+        log::debug!("{name}: cache=none concerns this host's page cache, which NBD does not use");
+    }
+    if options.format.is_none() {
+        refuse_qcow2(&image, name)?;
+    }
+    Ok(Arc::new(image))
+}
+
+/// Raw bytes belong to the guest, so what looks like a format is taken for raw only if the user says so.
+fn refuse_qcow2(image: &NbdImage, name: &str) -> Result<()> {
+    let mut magic = [0; 4];
+    if image.size_bytes() < 4 || image.read_at(0, &mut magic).is_err() || !super::probe::is_qcow(magic) {
+        return Ok(());
+    }
+    let error = Error::usage("an NBD export holds raw bytes, but there is a qcow2 header in").on(name);
+    Err(error.advise(
+        "pass --format raw if these bytes are the disk itself; if the disk is inside, have the server open it: qemu-nbd -f qcow2",
+    ))
+}
+
+fn missing(name: &str, why: &str) -> Error {
+    let what = format!("NBD needs the library libnbd, which cannot be loaded ({why}): cannot open");
+    Error::new(ErrorKind::Unsupported, what)
+        .on(name)
+        .advise("install the package libnbd0 (Debian, Ubuntu) or libnbd (Fedora, SUSE)")
+}
+
+fn unreachable(name: &str, why: &str) -> Error {
+    Error::new(ErrorKind::Failed, format!("cannot connect to the NBD server ({why}):"))
+        .on(name)
+        .advise("does the server run, and does it have this export?")
+}

@@ -1,0 +1,293 @@
+//! NBD images against a server that dies, falls silent and forgets at the worst moments.
+
+mod server;
+
+use std::time::{Duration, Instant};
+
+use self::server::{FLUSH, FLUSHED, FUA, MULTI_CONN, READ, Seen, Server, TRIM, WRITE, ZEROES};
+use super::image::NbdImage;
+use super::kept::KEPT_BYTES_MAX;
+use super::link::Patience;
+use crate::image::Image;
+use crate::range::ByteRange;
+use crate::sync::Arc;
+use crate::sys::libnbd;
+
+const SIZE: usize = 1 << 20;
+/// Longer than anything takes that is not stuck, on a busy machine too.
+const LONG: Duration = Duration::from_secs(60);
+/// Long enough for something to happen that must not; a test that waits it out proves little by itself.
+const MOMENT: Duration = Duration::from_millis(100);
+
+fn patience(reconnect: Duration, answer: Duration) -> Patience {
+    Patience { reconnect, answer, flush: answer, connect: LONG }
+}
+
+/// The server's export as an image; `None` where the library is not installed.
+fn open(server: &Server, patience: Patience) -> Option<NbdImage> {
+    match libnbd::library() {
+        Ok(library) => Some(NbdImage::open(library, &server.uri(), patience, true).unwrap()),
+        Err(why) => {
+            eprintln!("SKIPPED: {why}");
+            None
+        }
+    }
+}
+
+fn patient(server: &Server) -> Option<NbdImage> {
+    open(server, patience(LONG, LONG))
+}
+
+fn writes(seen: &[Seen]) -> usize {
+    seen.iter().filter(|seen| seen.kind == WRITE).count()
+}
+
+fn read(image: &NbdImage, offset: u64, len: usize) -> Vec<u8> {
+    let mut bytes = vec![0xAA; len];
+    image.read_at(offset, &mut bytes).unwrap();
+    bytes
+}
+
+fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + LONG;
+    while !condition() {
+        assert!(Instant::now() < deadline, "hangs: {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+#[test]
+fn what_a_server_lost_in_its_death_it_gets_again_in_order() {
+    for flags in [FLUSH | ZEROES, FLUSH | ZEROES | MULTI_CONN, FLUSH] {
+        let mut server = Server::new(SIZE, flags);
+        let Some(image) = patient(&server) else { return };
+        image.write_at(0, &[1; 8192]).unwrap();
+        image.flush().unwrap();
+        let flushed = writes(&server.seen());
+        // Overlapping, unaligned, zeroes over data and data over zeroes.
+        image.write_at(4096, &[2; 4096]).unwrap();
+        image.write_at(5000, &[3; 100]).unwrap();
+        image.write_zeroes(ByteRange::new(6000, 3000)).unwrap();
+        image.write_at(7000, &[4; 10]).unwrap();
+        let before = server.content();
+        server.kill();
+        assert!(server.content() != before, "this server forgets what was not flushed");
+        server.restart();
+        assert_eq!(read(&image, 5000, 100), [3; 100]);
+        assert!(server.content() == before, "with flags {flags}");
+        // The flushed one was not sent again.
+        let first = Seen { kind: WRITE, flags: 0, offset: 0, len: 8192 };
+        assert_eq!(server.seen().iter().filter(|seen| **seen == first).count(), flushed);
+        // A second death, after a flush: nothing is left to be sent.
+        image.flush().unwrap();
+        let sent = writes(&server.seen());
+        server.kill();
+        server.restart();
+        assert_eq!(read(&image, 7000, 10), [4; 10]);
+        assert_eq!(writes(&server.seen()), sent);
+        assert!(server.content() == before);
+    }
+}
+
+#[test]
+fn a_write_that_a_server_had_not_answered_is_sent_to_the_next_one() {
+    let mut server = Server::new(SIZE, FLUSH);
+    let Some(image) = patient(&server) else { return };
+    server.hold(WRITE);
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(|| image.write_at(512, &[7; 512]));
+        server.wait_for_held(1);
+        server.kill();
+        std::thread::sleep(MOMENT);
+        assert!(!writer.is_finished(), "it waits for the connection");
+        server.restart();
+        writer.join().unwrap().unwrap();
+    });
+    assert_eq!(read(&image, 512, 512), [7; 512]);
+    assert_eq!(server.content()[512..1024], [7; 512]);
+}
+
+#[test]
+fn what_is_kept_is_bounded_by_flushes() {
+    let server = Server::new(SIZE, FLUSH);
+    let Some(image) = patient(&server) else { return };
+    let piece = vec![5; SIZE];
+    let pieces = KEPT_BYTES_MAX / SIZE as u64 + 1;
+    (0..pieces).for_each(|_| image.write_at(0, &piece).unwrap());
+    let flushes = |server: &Server| server.seen().iter().filter(|seen| seen.kind == FLUSHED).count();
+    assert_eq!(flushes(&server), 1);
+    // One that fails concerns what was written before: the next flush of the user's says so, once.
+    server.fail(Some((FLUSHED, 5)));
+    (0..pieces).for_each(|_| image.write_at(0, &piece).unwrap());
+    server.fail(None);
+    assert_eq!(image.flush().unwrap_err().errno(), libc::EIO);
+    image.flush().unwrap();
+}
+
+#[test]
+fn without_a_flush_every_write_is_made_durable() {
+    let mut server = Server::new(SIZE, FUA | ZEROES);
+    let Some(image) = patient(&server) else { return };
+    image.write_at(0, &[1; 4096]).unwrap();
+    image.write_zeroes(ByteRange::new(1024, 1024)).unwrap();
+    image.flush().unwrap();
+    assert!(server.seen().iter().all(|seen| seen.kind == READ || seen.flags & 1 != 0), "{:?}", server.seen());
+    let before = server.content();
+    server.kill();
+    server.restart();
+    assert_eq!(read(&image, 0, 1024), [1; 1024]);
+    assert!(server.content() == before);
+}
+
+#[test]
+fn a_silent_server_hangs_nobody_and_nothing_lands_late() {
+    let server = Server::new(SIZE, FLUSH | MULTI_CONN);
+    let Some(image) = open(&server, patience(Duration::ZERO, Duration::from_millis(300))) else { return };
+    image.write_at(8192, &[1; 4096]).unwrap();
+    server.hold(WRITE);
+    let error = image.write_at(0, &[2; 4096]).unwrap_err();
+    assert!(error.to_string().contains(&server.uri()) && error.to_string().contains("does not answer"), "{error}");
+    // It may still be done. Nobody writes there, nobody believes what is read there, no flush says that all is well.
+    let held = server.seen().len();
+    image.write_at(1024, &[3; 10]).unwrap_err();
+    image.read_at(0, &mut [0; 512]).unwrap_err();
+    image.flush().unwrap_err();
+    assert_eq!(server.seen().len(), held, "nothing of that went to the server");
+    assert_eq!(read(&image, 8192, 4096), [1; 4096], "elsewhere nothing is the matter");
+    server.release();
+    eventually("the range to be free again", || image.write_at(1024, &[3; 10]).is_ok());
+    let mut expected = vec![2; 4096];
+    expected[1024..1034].fill(3);
+    assert_eq!(read(&image, 0, 4096), expected);
+    image.flush().unwrap();
+    assert_eq!(server.accepted(), 4, "the connections were never replaced");
+}
+
+#[test]
+fn the_next_connection_waits_until_the_end_of_the_last_one_was_read() {
+    let server = Server::new(SIZE, FLUSH);
+    let Some(image) = patient(&server) else { return };
+    let image = Arc::new(image);
+    server.hold(WRITE);
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(|| image.write_at(0, &[1; 512]));
+        server.wait_for_held(1);
+        image.give_up();
+        let error = writer.join().unwrap().unwrap_err();
+        assert!(error.to_string().contains("given up"), "{error}");
+        let reader = scope.spawn(|| read(&image, 512, 512));
+        let other = scope.spawn(|| image.write_at(0, &[2; 512]));
+        std::thread::sleep(MOMENT);
+        // The server still has the write in its hands: another connection could overtake it.
+        assert_eq!(server.accepted(), 1);
+        assert!(!reader.is_finished() && !other.is_finished());
+        server.release();
+        assert_eq!(reader.join().unwrap(), [0; 512]);
+        other.join().unwrap().unwrap();
+    });
+    assert_eq!(server.accepted(), 2);
+    assert_eq!(read(&image, 0, 512), [2; 512], "the write that was given up did not land late");
+}
+
+#[test]
+fn an_image_that_was_dropped_frees_its_export_when_its_server_is_done() {
+    let server = Server::new(SIZE, FLUSH);
+    let Some(image) = open(&server, patience(LONG, Duration::from_millis(200))) else { return };
+    server.hold(WRITE);
+    image.write_at(0, &[1; 512]).unwrap_err();
+    drop(image);
+    assert!(super::ends::wait_for_all(&server.uri(), Instant::now() + MOMENT).is_err());
+    server.release();
+    super::ends::wait_for_all(&server.uri(), Instant::now() + LONG).unwrap();
+    assert_eq!(server.content()[..512], [1; 512]);
+}
+
+#[test]
+fn requests_wait_for_the_connection_as_long_as_they_were_told() {
+    let mut server = Server::new(SIZE, FLUSH);
+    let Some(image) = open(&server, patience(Duration::from_millis(300), LONG)) else { return };
+    image.write_at(0, &[1; 512]).unwrap();
+    server.kill();
+    let start = Instant::now();
+    let error = image.write_at(512, &[2; 512]).unwrap_err();
+    assert!(start.elapsed() >= Duration::from_millis(250), "it gave up after {:?}", start.elapsed());
+    assert!(error.to_string().contains("no connection to the NBD server"), "{error}");
+    image.read_at(0, &mut [0; 512]).unwrap_err();
+    image.flush().unwrap_err();
+    server.restart();
+    eventually("the connection to come back", || image.read_at(0, &mut [0; 512]).is_ok());
+    // The first was acknowledged, the second failed.
+    assert_eq!(read(&image, 0, 1024), [[1; 512], [0; 512]].concat());
+    image.flush().unwrap();
+}
+
+#[test]
+fn another_export_in_its_place_is_refused() {
+    let mut server = Server::new(SIZE, FLUSH);
+    let Some(image) = open(&server, patience(Duration::from_secs(2), LONG)) else { return };
+    server.kill();
+    server.resize(SIZE / 2);
+    server.restart();
+    let error = image.write_at(0, &[1; 512]).unwrap_err();
+    assert!(error.to_string().contains("524288 bytes now, and had 1048576"), "{error}");
+    server.kill();
+    server.resize(SIZE);
+    server.restart();
+    eventually("the right one to be taken", || image.write_at(0, &[1; 512]).is_ok());
+}
+
+#[test]
+fn a_trim_is_never_taken_for_zeroes() {
+    let server = Server::new(SIZE, FLUSH | TRIM);
+    let Some(image) = patient(&server) else { return };
+    image.write_at(0, &[1; 65536]).unwrap();
+    // This server tells no extents: it cannot be known what a trim leaves.
+    assert_eq!(image.discard(ByteRange::new(0, 65536)).unwrap_err().kind(), crate::error::ErrorKind::Unsupported);
+    assert!(!image.properties().thin_zeroing);
+    image.write_zeroes(ByteRange::new(100, 65000)).unwrap();
+    assert_eq!(read(&image, 0, 101), [vec![1; 100], vec![0]].concat());
+    assert_eq!(read(&image, 65099, 2), [0, 1]);
+}
+
+#[test]
+fn errors_of_the_server_are_named_and_end_nothing() {
+    let server = Server::new(SIZE, FLUSH);
+    let Some(image) = patient(&server) else { return };
+    server.fail(Some((WRITE, 28)));
+    let error = image.write_at(4096, &[1; 512]).unwrap_err();
+    assert_eq!((error.kind(), error.errno()), (crate::error::ErrorKind::NoSpace, libc::ENOSPC));
+    assert_eq!(error.range(), Some(ByteRange::new(4096, 512)));
+    server.fail(None);
+    image.write_at(4096, &[1; 512]).unwrap();
+    assert_eq!(server.accepted(), 1);
+}
+
+#[test]
+fn overlapping_writes_of_many_lose_nothing() {
+    let server = Server::new(SIZE, FLUSH | MULTI_CONN);
+    let Some(image) = patient(&server) else { return };
+    let image = &image;
+    std::thread::scope(|scope| {
+        for writer in 0..4_u8 {
+            // Each has its own 100 bytes of every 400, in blocks that it shares with the others.
+            scope.spawn(move || {
+                for round in 1..=5 {
+                    for place in 0..20 {
+                        image.write_at(place * 400 + u64::from(writer) * 100, &[writer * 10 + round; 100]).unwrap();
+                    }
+                }
+            });
+        }
+    });
+    for (place, byte) in read(image, 0, 8000).into_iter().enumerate() {
+        assert_eq!(usize::from(byte), place / 100 % 4 * 10 + 5, "byte {place}");
+    }
+}
+
+#[test]
+fn the_message_says_which_package_is_missing() {
+    let why = libnbd::Library::load("libnbd-that-nobody-has.so.0").err().unwrap();
+    let error = super::missing("nbd://host/disk", &why);
+    assert!(error.to_string().contains("nbd://host/disk") && error.to_string().contains("libnbd"), "{error}");
+    assert!(error.advice().unwrap().contains("libnbd0"));
+}

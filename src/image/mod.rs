@@ -309,4 +309,4 @@ pub fn check_bounds(image: &dyn Image, what: &str, range: ByteRange) -> Result<(
 }
 
 #[cfg(all(test, not(shuttle)))]
-mod tests;
+pub(crate) mod tests;

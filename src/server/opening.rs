@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use super::config::{MountConfig, VolumeConfig};
 use crate::error::{Error, ErrorKind, Result};
+use crate::image::nbd::uri;
 use crate::image::{DescriptorRole, Identity, Image, OpenOptions, Role, open};
 use crate::state::{FormerImage, Mark, Marks, MountState, VolumeState, random_id};
 use crate::sync::Arc;
@@ -112,6 +113,10 @@ pub(super) fn open_again(config: &MountConfig, state: &VolumeState, parked: Opti
 
 /// Marks an image that a volume has left, if it is still at its path and no newer mark says more.
 pub(super) fn mark_former(former: &FormerImage, volume: &VolumeState, marks: &Marks) -> Result<()> {
+    if uri::is_uri(Path::new(&former.path)) {
+        // It cannot be marked: only the record knows. No server that may be gone is waited for.
+        return Ok(());
+    }
     let Some((identity, mark)) = mark_of(Path::new(&former.path), marks) else { return Ok(()) };
     if !is_same(&identity, &former.identity) || mark.is_some_and(|mark| mark.generation >= former.generation) {
         return Ok(());
@@ -187,7 +192,11 @@ fn mark_of(path: &Path, marks: &Marks) -> Option<(Identity, Option<Mark>)> {
         OpenOptions { role: Role::Observer, format: Some(crate::image::Format::Raw), ..OpenOptions::default() };
     let image = open(path, &options).ok()?;
     let identity = image.identity().ok()?;
-    let mark = marks.read_mark(locked_descriptor(&*image)?, &identity).ok()?;
+    // NBD exports carry none.
+    let mark = match locked_descriptor(&*image) {
+        Some(descriptor) => marks.read_mark(descriptor, &identity).ok()?,
+        None => None,
+    };
     Some((identity, mark))
 }
 

@@ -70,6 +70,7 @@ functions! {
     nbd_get_errno: fn() -> c_int;
     nbd_add_meta_context: fn(Raw, *const c_char) -> c_int;
     nbd_set_uri_allow_local_file: fn(Raw, bool) -> c_int;
+    nbd_set_strict_mode: fn(Raw, u32) -> c_int;
     nbd_aio_connect_uri: fn(Raw, *const c_char) -> c_int;
     nbd_get_size: fn(Raw) -> i64;
     nbd_get_block_size: fn(Raw, c_int) -> i64;
@@ -102,6 +103,10 @@ pub const ALLOCATION: &CStr = c"base:allocation";
 pub const STATE_HOLE: u32 = 1;
 /// In an extent's flags: reads as zeroes.
 pub const STATE_ZERO: u32 = 2;
+
+/// What the library checks before it sends: all but the alignment, which the last bytes of an export of odd size do not have. There
+/// the server has the last word.
+const STRICT: u32 = 0x0F;
 
 const FLAG_FUA: u32 = 1;
 const FLAG_NO_HOLE: u32 = 2;
@@ -314,6 +319,7 @@ impl Handle {
         let functions = &library.functions;
         // SAFETY: the handle lives, all texts end with NUL and are copied by the library.
         unsafe {
+            library.check((functions.nbd_set_strict_mode)(raw, STRICT))?;
             library.check((functions.nbd_set_uri_allow_local_file)(raw, true))?;
             library.check((functions.nbd_add_meta_context)(raw, ALLOCATION.as_ptr()))?;
             library.check((functions.nbd_aio_connect_uri)(raw, uri.as_ptr()))?;

@@ -2,7 +2,7 @@
 
 mod concurrency;
 mod devices;
-mod model;
+pub(super) mod model;
 mod opening;
 mod sparse;
 

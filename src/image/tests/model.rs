@@ -4,7 +4,7 @@ use super::*;
 use proptest::prelude::*;
 
 #[derive(Clone, Debug)]
-enum Step {
+pub(in crate::image) enum Step {
     Write(u64, usize, u8),
     Zero(u64, usize),
     Discard(u64, usize),
@@ -13,7 +13,7 @@ enum Step {
     Flush,
 }
 
-const SIZE_MAX: u64 = 300_000;
+pub(in crate::image) const SIZE_MAX: u64 = 300_000;
 
 fn place() -> impl Strategy<Value = (u64, usize)> {
     let offset = prop_oneof![0..SIZE_MAX, (0..SIZE_MAX / 512).prop_map(|block| block * 512)];
@@ -21,7 +21,7 @@ fn place() -> impl Strategy<Value = (u64, usize)> {
     (offset, len)
 }
 
-fn step() -> impl Strategy<Value = Step> {
+pub(in crate::image) fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         6 => (place(), any::<u8>()).prop_map(|((offset, len), byte)| Step::Write(offset, len, byte)),
         2 => place().prop_map(|(offset, len)| Step::Zero(offset, len)),
@@ -46,7 +46,7 @@ fn tolerate(result: Result<()>) {
     }
 }
 
-fn apply(image: &dyn Image, model: &mut Vec<u8>, step: &Step) {
+pub(in crate::image) fn apply(image: &dyn Image, model: &mut Vec<u8>, step: &Step) {
     match *step {
         Step::Write(offset, len, seed) => {
             let range = clip(offset, len, model.len());
@@ -80,7 +80,7 @@ fn apply(image: &dyn Image, model: &mut Vec<u8>, step: &Step) {
 }
 
 /// Everything, in pieces whose ends and memory are aligned to nothing.
-fn read_all(image: &dyn Image) -> Vec<u8> {
+pub(in crate::image) fn read_all(image: &dyn Image) -> Vec<u8> {
     let mut bytes = vec![0xEE; usize::try_from(image.size_bytes()).unwrap() + 1];
     let end = bytes.len();
     let mut offset = 0;
@@ -103,7 +103,7 @@ fn check_extents(image: &dyn Image, model: &[u8]) {
     }
 }
 
-fn check_against_model(image: &dyn Image, steps: &[Step]) {
+pub(in crate::image) fn check_against_model(image: &dyn Image, steps: &[Step]) {
     let mut model = vec![0; usize::try_from(image.size_bytes()).unwrap()];
     for step in steps {
         apply(image, &mut model, step);

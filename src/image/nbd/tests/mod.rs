@@ -9,9 +9,11 @@ use super::image::NbdImage;
 use super::kept::KEPT_BYTES_MAX;
 use super::link::Patience;
 use crate::image::Image;
+use crate::image::tests::model;
 use crate::range::ByteRange;
 use crate::sync::Arc;
 use crate::sys::libnbd;
+use proptest::prelude::*;
 
 const SIZE: usize = 1 << 20;
 /// Longer than anything takes that is not stuck, on a busy machine too.
@@ -290,4 +292,39 @@ fn the_message_says_which_package_is_missing() {
     let error = super::missing("nbd://host/disk", &why);
     assert!(error.to_string().contains("nbd://host/disk") && error.to_string().contains("libnbd"), "{error}");
     assert!(error.advice().unwrap().contains("libnbd0"));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 30, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn exports_behave_like_a_vector(
+        size in 1..model::SIZE_MAX,
+        steps in proptest::collection::vec(model::step(), 1..25),
+        abilities in prop::sample::select(vec![FLUSH, FLUSH | ZEROES, FLUSH | ZEROES | MULTI_CONN, FUA | ZEROES]),
+    ) {
+        let server = Server::new(size as usize, abilities);
+        let Some(image) = patient(&server) else { return Ok(()) };
+        model::check_against_model(&image, &steps);
+        prop_assert!(server.content() == model::read_all(&image));
+    }
+
+    #[test]
+    fn servers_that_die_at_any_moment_are_brought_up_to_date(
+        size in 1..model::SIZE_MAX,
+        steps in proptest::collection::vec(model::step(), 1..25),
+        deaths in prop::collection::vec(any::<bool>(), 25),
+    ) {
+        let mut server = Server::new(size as usize, FLUSH | ZEROES);
+        let Some(image) = patient(&server) else { return Ok(()) };
+        let mut expected = vec![0; size as usize];
+        for (step, dies) in steps.iter().zip(deaths) {
+            model::apply(&image, &mut expected, step);
+            if dies {
+                server.kill();
+                server.restart();
+            }
+        }
+        prop_assert!(model::read_all(&image) == expected, "after {steps:?}");
+    }
 }

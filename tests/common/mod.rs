@@ -15,6 +15,7 @@ pub mod leftovers;
 pub mod mmap;
 pub mod mortal;
 pub mod mounted;
+pub mod nbd;
 pub mod page_cache;
 pub mod pattern;
 pub mod place;

@@ -1,0 +1,161 @@
+//! NBD servers, as guards: nbdkit with its filters, and qemu-nbd.
+
+use std::fs;
+use std::net::TcpListener;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::command::run;
+use super::place::Place;
+use super::wait;
+
+/// Where a server listens.
+#[derive(Clone, Debug)]
+enum At {
+    Socket(PathBuf),
+    Port(u16),
+}
+
+/// A running server. Ended when it is dropped.
+pub struct Server {
+    program: String,
+    arguments: Vec<String>,
+    at: At,
+    child: Option<Child>,
+}
+
+impl Server {
+    /// `nbdkit ARGUMENTS` at a socket called `name` in `place`.
+    #[track_caller]
+    pub fn nbdkit(place: &Place, name: &str, arguments: &[&str]) -> Self {
+        let socket = place.at(name);
+        let mut words = vec!["-f".to_owned(), "-U".to_owned(), socket.display().to_string()];
+        words.extend(arguments.iter().map(|word| (*word).to_owned()));
+        Server::start("nbdkit", words, At::Socket(socket))
+    }
+
+    /// `nbdkit ARGUMENTS` at a free port of this host.
+    #[track_caller]
+    pub fn nbdkit_tcp(arguments: &[&str]) -> Self {
+        let port = free_port();
+        let mut words =
+            vec!["-f".to_owned(), "-i".to_owned(), "127.0.0.1".to_owned(), "-p".to_owned(), port.to_string()];
+        words.extend(arguments.iter().map(|word| (*word).to_owned()));
+        Server::start("nbdkit", words, At::Port(port))
+    }
+
+    /// `qemu-nbd` of an image at a socket called `name` in `place`.
+    #[track_caller]
+    pub fn qemu(place: &Place, name: &str, format: &str, image: &Path) -> Self {
+        let socket = place.at(name);
+        let words = ["-t", "-e", "8", "--discard=unmap", "--cache=writeback", "-f", format, "-k"];
+        let mut words: Vec<String> = words.map(str::to_owned).to_vec();
+        words.extend([socket.display().to_string(), image.display().to_string()]);
+        Server::start("qemu-nbd", words, At::Socket(socket))
+    }
+
+    /// `qemu-nbd` of an image at a free port of this host, its export called `export`.
+    #[track_caller]
+    pub fn qemu_tcp(export: &str, format: &str, image: &Path) -> Self {
+        let port = free_port();
+        let words = ["-t", "-e", "8", "--discard=unmap", "--cache=writeback", "-f", format, "-b", "127.0.0.1", "-x"];
+        let mut words: Vec<String> = words.map(str::to_owned).to_vec();
+        words.extend([export.to_owned(), "-p".to_owned(), port.to_string(), image.display().to_string()]);
+        Server::start("qemu-nbd", words, At::Port(port))
+    }
+
+    #[track_caller]
+    fn start(program: &str, arguments: Vec<String>, at: At) -> Self {
+        let mut server = Server { program: program.to_owned(), arguments, at, child: None };
+        server.restart();
+        server
+    }
+
+    /// Starts it, if it does not run, and waits until it listens.
+    #[track_caller]
+    pub fn restart(&mut self) {
+        let mut command = Command::new(&self.program);
+        command.args(&self.arguments).stdin(Stdio::null()).stdout(Stdio::null());
+        // They complain of every connection that ends without a word, of the ones below first of all.
+        command.stderr(Stdio::null());
+        self.child = Some(command.spawn().unwrap_or_else(|error| panic!("{}: {error}", self.program)));
+        wait::until("the NBD server to listen", || {
+            let child = self.child.as_mut().expect("just started");
+            let ended = child.try_wait().expect("wait");
+            assert!(ended.is_none(), "{} {:?} has ended: {ended:?}", self.program, self.arguments);
+            match &self.at {
+                At::Socket(path) => UnixStream::connect(path).is_ok(),
+                At::Port(port) => std::net::TcpStream::connect(("127.0.0.1", *port)).is_ok(),
+            }
+        });
+    }
+
+    fn signal(&self, signal: Signal) {
+        let pid = self.child.as_ref().expect("it runs").id();
+        kill(Pid::from_raw(i32::try_from(pid).expect("a pid")), signal).expect("kill");
+    }
+
+    /// Freezes it.
+    pub fn freeze(&self) {
+        self.signal(Signal::SIGSTOP);
+    }
+
+    /// Lets it go on.
+    pub fn thaw(&self) {
+        self.signal(Signal::SIGCONT);
+    }
+
+    /// Kills it, and waits until it is gone.
+    pub fn kill(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        if let At::Socket(path) = &self.at {
+            let _ = fs::remove_file(path);
+        }
+    }
+
+    /// The URI of its default export.
+    pub fn uri(&self) -> PathBuf {
+        self.export("")
+    }
+
+    /// The URI of an export.
+    pub fn export(&self, name: &str) -> PathBuf {
+        PathBuf::from(match &self.at {
+            At::Socket(path) => format!("nbd+unix:///{name}?socket={}", path.display()),
+            At::Port(port) => format!("nbd://127.0.0.1:{port}/{name}"),
+        })
+    }
+
+    /// The port that it listens at.
+    pub fn port(&self) -> u16 {
+        match self.at {
+            At::Port(port) => port,
+            At::Socket(_) => panic!("it listens at a socket"),
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// A port that was free a moment ago.
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a port").port()
+}
+
+/// Copies an export to a new sparse file, with another program than ours.
+#[track_caller]
+pub fn copy_out(uri: &Path, file: &Path) -> PathBuf {
+    run("nbdcopy", [uri, file]).ok();
+    file.to_owned()
+}

@@ -11,7 +11,7 @@ use common::command::run;
 use common::compare::{allocated_bytes, assert_same_content};
 use common::mortal;
 use common::mounted::{Mount, Mounted};
-use common::nbd::{Server, copy_out};
+use common::nbd::{Server, certificates, copy_out};
 use common::pattern::{self, Habits, Load, Table};
 use common::place::Place;
 use common::{random, wait};
@@ -386,7 +386,7 @@ fn an_image_that_was_left_is_stale_on_either_side() {
 #[test]
 fn with_tls_and_certificates() {
     let place = Place::in_memory();
-    let pki = certificates(&place);
+    let pki = certificates(&place, "127.0.0.1");
     let source = place.random("a.img", 4 << 20, 7);
     let certificates = format!("--tls-certificates={}", pki.display());
     let server = Server::nbdkit_tcp(&["--tls=require", &certificates, "memory", "4M"]);
@@ -402,33 +402,4 @@ fn with_tls_and_certificates() {
     let mounted = Mount::of(&place, [&uri]).named("tls").start();
     assert_same_content(&disk_of(&mounted), &source);
     mounted.unmount();
-}
-
-/// A certificate authority and a server's certificate for `localhost`, as nbdkit and libnbd look for them.
-fn certificates(place: &Place) -> std::path::PathBuf {
-    let pki = place.directory("pki");
-    let at = |name: &str| pki.join(name).display().to_string();
-    fs::write(at("ca.info"), "cn = Test\nca\ncert_signing_key\n").unwrap();
-    fs::write(at("server.info"), "cn = localhost\ndns_name = localhost\ntls_www_server\nencryption_key\nsigning_key\n")
-        .unwrap();
-    let tool = |words: &[&str]| run("certtool", words.iter().copied()).ok();
-    for key in ["ca-key.pem", "server-key.pem"] {
-        tool(&["--generate-privkey", "--key-type=ecdsa", "--outfile", &at(key)]);
-    }
-    let ca = ["--load-privkey", &at("ca-key.pem"), "--template", &at("ca.info"), "--outfile", &at("ca-cert.pem")];
-    tool(&[&["--generate-self-signed"], &ca[..]].concat());
-    tool(&[
-        "--generate-certificate",
-        "--load-ca-certificate",
-        &at("ca-cert.pem"),
-        "--load-ca-privkey",
-        &at("ca-key.pem"),
-        "--load-privkey",
-        &at("server-key.pem"),
-        "--template",
-        &at("server.info"),
-        "--outfile",
-        &at("server-cert.pem"),
-    ]);
-    pki
 }

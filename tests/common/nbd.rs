@@ -1,7 +1,7 @@
 //! NBD servers, as guards: nbdkit with its filters, and qemu-nbd.
 
 use std::fs;
-use std::net::TcpListener;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -17,7 +17,7 @@ use super::wait;
 #[derive(Clone, Debug)]
 enum At {
     Socket(PathBuf),
-    Port(u16),
+    Port(SocketAddr),
 }
 
 /// A running server. Ended when it is dropped.
@@ -38,6 +38,15 @@ impl Server {
         Server::start("nbdkit", words, At::Socket(socket))
     }
 
+    /// `nbdkit ARGUMENTS` in the network namespace `host`, at its `address`.
+    #[track_caller]
+    pub fn nbdkit_at(host: &str, address: &str, arguments: &[&str]) -> Self {
+        let at = ["netns", "exec", host, "nbdkit", "-f", "-i", address, "-p", "10809"];
+        let words = at.iter().chain(arguments).map(|word| (*word).to_owned()).collect();
+        let address = SocketAddr::new(address.parse().expect("an address"), 10809);
+        Server::start("ip", words, At::Port(address))
+    }
+
     /// `nbdkit ARGUMENTS` at a free port of this host.
     #[track_caller]
     pub fn nbdkit_tcp(arguments: &[&str]) -> Self {
@@ -45,7 +54,7 @@ impl Server {
         let mut words =
             vec!["-f".to_owned(), "-i".to_owned(), "127.0.0.1".to_owned(), "-p".to_owned(), port.to_string()];
         words.extend(arguments.iter().map(|word| (*word).to_owned()));
-        Server::start("nbdkit", words, At::Port(port))
+        Server::start("nbdkit", words, At::Port((Ipv4Addr::LOCALHOST, port).into()))
     }
 
     /// `qemu-nbd` of an image at a socket called `name` in `place`.
@@ -65,7 +74,7 @@ impl Server {
         let words = ["-t", "-e", "8", "--discard=unmap", "--cache=writeback", "-f", format, "-b", "127.0.0.1", "-x"];
         let mut words: Vec<String> = words.map(str::to_owned).to_vec();
         words.extend([export.to_owned(), "-p".to_owned(), port.to_string(), image.display().to_string()]);
-        Server::start("qemu-nbd", words, At::Port(port))
+        Server::start("qemu-nbd", words, At::Port((Ipv4Addr::LOCALHOST, port).into()))
     }
 
     #[track_caller]
@@ -89,7 +98,7 @@ impl Server {
             assert!(ended.is_none(), "{} {:?} has ended: {ended:?}", self.program, self.arguments);
             match &self.at {
                 At::Socket(path) => UnixStream::connect(path).is_ok(),
-                At::Port(port) => std::net::TcpStream::connect(("127.0.0.1", *port)).is_ok(),
+                At::Port(address) => TcpStream::connect(address).is_ok(),
             }
         });
     }
@@ -129,14 +138,14 @@ impl Server {
     pub fn export(&self, name: &str) -> PathBuf {
         PathBuf::from(match &self.at {
             At::Socket(path) => format!("nbd+unix:///{name}?socket={}", path.display()),
-            At::Port(port) => format!("nbd://127.0.0.1:{port}/{name}"),
+            At::Port(address) => format!("nbd://{address}/{name}"),
         })
     }
 
     /// The port that it listens at.
     pub fn port(&self) -> u16 {
         match self.at {
-            At::Port(port) => port,
+            At::Port(address) => address.port(),
             At::Socket(_) => panic!("it listens at a socket"),
         }
     }
@@ -158,4 +167,33 @@ fn free_port() -> u16 {
 pub fn copy_out(uri: &Path, file: &Path) -> PathBuf {
     run("nbdcopy", [uri, file]).ok();
     file.to_owned()
+}
+
+/// A certificate authority and a server's certificate for `localhost` and `address`, as nbdkit and libnbd look for them.
+pub fn certificates(place: &Place, address: &str) -> PathBuf {
+    let pki = place.directory("pki");
+    let at = |name: &str| pki.join(name).display().to_string();
+    fs::write(at("ca.info"), "cn = Test\nca\ncert_signing_key\n").unwrap();
+    let names = format!("cn = localhost\ndns_name = localhost\nip_address = {address}\n");
+    fs::write(at("server.info"), names + "tls_www_server\nencryption_key\nsigning_key\n").unwrap();
+    let tool = |words: &[&str]| run("certtool", words.iter().copied()).ok();
+    for key in ["ca-key.pem", "server-key.pem"] {
+        tool(&["--generate-privkey", "--key-type=ecdsa", "--outfile", &at(key)]);
+    }
+    let ca = ["--load-privkey", &at("ca-key.pem"), "--template", &at("ca.info"), "--outfile", &at("ca-cert.pem")];
+    tool(&[&["--generate-self-signed"], &ca[..]].concat());
+    tool(&[
+        "--generate-certificate",
+        "--load-ca-certificate",
+        &at("ca-cert.pem"),
+        "--load-ca-privkey",
+        &at("ca-key.pem"),
+        "--load-privkey",
+        &at("server-key.pem"),
+        "--template",
+        &at("server.info"),
+        "--outfile",
+        &at("server-cert.pem"),
+    ]);
+    pki
 }

@@ -1,0 +1,112 @@
+//! A disk moves to another host, over NBD with TLS, while the link between the two is cut and mended: the other host is a network
+//! namespace of its own. Needs root, and a kernel that lets network namespaces be made.
+
+mod common;
+
+use std::path::Path;
+use std::time::Duration;
+
+use common::command::{is_root, run};
+use common::mounted::Mount;
+use common::nbd::{Server, certificates};
+use common::pattern::{self, Habits, Load, Table};
+use common::place::Place;
+use common::random;
+
+const SIZE: u64 = 64 << 20;
+/// How long the link is cut.
+const CUT: Duration = Duration::from_secs(1);
+
+/// Another host: a network namespace, and a link to it.
+struct Host {
+    name: String,
+    link: String,
+    net: u8,
+}
+
+impl Host {
+    /// `None`: this kernel, or this container, does not allow it.
+    fn new() -> Option<Self> {
+        let number = std::process::id() % 60_000;
+        let net = u8::try_from(number % 250).expect("less than 250") + 1;
+        let host = Host { name: format!("lm{number}"), link: format!("lm{number}"), net };
+        let peer = format!("{}p", host.link);
+        let (ours, theirs) = (format!("10.213.{net}.1/30"), format!("10.213.{net}.2/30"));
+        let name = host.name.as_str();
+        let words: [&[&str]; 6] = [
+            &["netns", "add", name],
+            &["link", "add", &host.link, "type", "veth", "peer", "name", &peer, "netns", name],
+            &["address", "add", &ours, "dev", &host.link],
+            &["link", "set", &host.link, "up"],
+            &["-n", name, "address", "add", &theirs, "dev", &peer],
+            &["-n", name, "link", "set", &peer, "up"],
+        ];
+        for words in words {
+            let done = run("ip", words.iter().copied());
+            if done.code != Some(0) {
+                eprintln!("SKIPPED: no network namespace can be made here: {done}");
+                return None;
+            }
+        }
+        Some(host)
+    }
+
+    fn address(&self) -> String {
+        format!("10.213.{}.2", self.net)
+    }
+
+    fn cut(&self) {
+        run("ip", ["link", "set", &self.link, "down"]).ok();
+    }
+
+    fn mend(&self) {
+        run("ip", ["link", "set", &self.link, "up"]).ok();
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        // The link goes with it.
+        let _ = run("ip", ["netns", "del", &self.name]);
+        let _ = run("ip", ["link", "del", &self.link]);
+    }
+}
+
+#[test]
+fn a_disk_moves_to_another_host_while_the_link_is_cut() {
+    if !is_root("a network namespace") {
+        return;
+    }
+    let Some(host) = Host::new() else { return };
+    let (seed, place) = (random::seed(), Place::in_memory());
+    let (a, b) = (place.sparse("a.img", SIZE), place.sparse("b.img", SIZE));
+    let pki = certificates(&place, &host.address());
+    let tls = format!("--tls-certificates={}", pki.display());
+    let file = b.display().to_string();
+    let server = Server::nbdkit_at(&host.name, &host.address(), &["--tls=require", &tls, "file", &file]);
+    let uri = format!("nbds://{}:{}/?tls-certificates={}", host.address(), server.port(), pki.display());
+    let table = Table::new(seed, SIZE);
+    pattern::fill(&a, &table);
+
+    let mounted = Mount::of(&place, [&a]).start();
+    let habits = Habits { depth: 4, rest: Duration::from_millis(1), ..Habits::default() };
+    let load = Load::start(&mounted.first_disk(), &table, habits, seed);
+    mounted.mirror(Path::new(&uri), &["--speed", "32M"]);
+    // In the middle of the copy: the guest does not notice.
+    mounted.wait_for("the copy to begin", |volumes| volumes[0]["mirror"]["copied_bytes"].as_u64() > Some(0));
+    host.cut();
+    load.wait_for_more(300);
+    std::thread::sleep(CUT);
+    host.mend();
+    mounted.wait_ready();
+    mounted.cutover();
+    load.wait_for_more(100);
+    // Under the disk itself: the guest waits, and goes on.
+    host.cut();
+    std::thread::sleep(CUT);
+    host.mend();
+    load.wait_for_more(100);
+    load.stop();
+    mounted.unmount();
+    table.assert_on(&b);
+}

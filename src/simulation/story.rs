@@ -15,6 +15,7 @@ use super::host::{Host, STATE_DIRECTORY, host, replace_host};
 use super::operations::{administer, alive, boot, converge};
 use super::{checks, schedule};
 use crate::image::CacheMode;
+use crate::image::nbd::RECONNECT_DEFAULT;
 use crate::mirror::types::{CopyMode, ErrorPolicy, MirrorOptions};
 use crate::range::Granularity;
 use crate::server::config::{Layout, MountConfig, VolumeConfig};
@@ -77,6 +78,7 @@ impl Story {
             growable: false,
             allow_other: false,
             cache: CacheMode::Writeback,
+            reconnect: RECONNECT_DEFAULT,
             follow: false,
             force: false,
             control: "/simulated/control".into(),

@@ -95,6 +95,11 @@ pub fn advance(lives: impl Fn(usize) -> bool) -> bool {
 }
 
 impl Instant {
+    /// How long after `earlier` it is; nothing if it is before it.
+    pub fn saturating_duration_since(&self, earlier: Instant) -> Duration {
+        self.0.saturating_sub(earlier.0)
+    }
+
     /// Now.
     pub fn now() -> Self {
         Instant(with(|clock| clock.now))

@@ -1,9 +1,7 @@
 //! One request to an NBD server, from its caller's thread to the thread of a connection and back.
 
-use std::time::Instant;
-
 use super::ranges::Held;
-use crate::sync::{Arc, Condvar, Mutex, wait_until};
+use crate::sync::{Arc, Condvar, Instant, Mutex, wait_until};
 use crate::sys::libnbd::Command;
 
 /// What came of a request.

@@ -15,13 +15,13 @@ use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, channel};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::call::{Answer, Call, Reply};
 use super::ends::OpenEnd;
-use crate::sync::{Arc, Mutex};
+use crate::sync::{Arc, Instant, Mutex};
 use crate::sys::libnbd::{Finished, Handle, Library, Outcome, Refusal};
 
 /// Where the server tells nothing else (the protocol's advice to clients).

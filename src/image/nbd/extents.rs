@@ -105,7 +105,7 @@ pub(super) fn from_answer(range: ByteRange, answer: &[(u32, u32)], size_bytes: u
     extents
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(shuttle)))]
 mod tests {
     use super::*;
 

@@ -1,6 +1,6 @@
 //! An NBD export as an image.
 
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use super::change::{Change, Trouble};
 use super::extents::{self, Extents};
@@ -9,7 +9,7 @@ use super::ranges::Held;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Attributes, Extent, ExtentStatus, Format, Identity, Image, Properties, Room, check_bounds};
 use crate::range::ByteRange;
-use crate::sync::{Arc, Mutex};
+use crate::sync::{Arc, Instant, Mutex};
 use crate::sys::libnbd::{Command, Library};
 
 /// See the module. Dropped, it ends its connections after what is under way.

@@ -89,7 +89,7 @@ impl Kept {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(shuttle)))]
 mod tests {
     use super::*;
     use crate::sync::Arc;

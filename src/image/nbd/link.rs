@@ -15,14 +15,14 @@
 
 use std::sync::Weak;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::call::{Answer, Call, Reply};
 use super::change::{Carrier, Change, Trouble, carry_out};
 use super::connection::{Connection, End, Export};
 use super::kept::Kept;
 use super::ranges::{Held, Ranges};
-use crate::sync::{Arc, Condvar, Mutex, wait_until};
+use crate::sync::{Arc, Condvar, Instant, Mutex, wait_until};
 use crate::sys::libnbd::{Command, Library};
 
 /// Connections where the server allows several.

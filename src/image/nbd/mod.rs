@@ -48,12 +48,12 @@ mod image;
 mod kept;
 mod link;
 mod ranges;
-#[cfg(test)]
+#[cfg(all(test, not(shuttle)))]
 mod tests;
 pub mod uri;
 
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 pub use self::ends::{Parking, inherit, park_with};
 pub use self::image::RECONNECT_DEFAULT;
@@ -63,7 +63,7 @@ use self::link::Patience;
 use super::open::{OpenOptions, Role};
 use super::{CacheMode, Format, Image};
 use crate::error::{Error, ErrorKind, Result};
-use crate::sync::Arc;
+use crate::sync::{Arc, Instant};
 use crate::sys::libnbd;
 
 /// How often a server that must come back is tried.
@@ -86,7 +86,8 @@ pub(super) fn open(place: &Path, options: &OpenOptions) -> Result<Arc<dyn Image>
     let patience = Patience::new(options.reconnect);
     let deadline = Instant::now() + if options.insist { patience.reconnect } else { Duration::ZERO };
     if options.role != Role::Observer {
-        ends::wait_for_all(name, deadline.max(Instant::now() + ends::PATIENCE))?;
+        let ended_within = deadline.saturating_duration_since(Instant::now()).max(ends::PATIENCE);
+        ends::wait_for_all(name, ended_within)?;
     }
     let image = loop {
         match NbdImage::open(library, name, patience, options.writable) {

@@ -305,6 +305,14 @@ impl Image for FaultyImage {
         self.inner.give_up();
     }
 
+    fn backing(&self) -> Option<&Arc<dyn Image>> {
+        self.inner.backing()
+    }
+
+    fn settle(&self) -> Result<()> {
+        self.inner.settle()
+    }
+
     fn descriptors(&self) -> Vec<(DescriptorRole, BorrowedFd<'_>)> {
         self.inner.descriptors()
     }

@@ -278,6 +278,27 @@ impl FileIo {
         Ok(())
     }
 
+    /// Makes the file at least `size_bytes` long, once no request is under way.
+    pub(super) fn resize_to_at_least(&self, size_bytes: u64) -> Result<()> {
+        self.check_change("resize", ByteRange::new(0, 0))?;
+        let _no_requests = self.resizing.write();
+        if size_bytes <= self.size_bytes() {
+            return Ok(());
+        }
+        self.file.set_len(size_bytes).map_err(|error| Error::io("cannot resize", &error).on(&self.name))?;
+        self.size_bytes.store(size_bytes, Ordering::Release);
+        Ok(())
+    }
+
+    /// A copy of the descriptor that goes through the page cache, fenced as it is.
+    pub(super) fn buffered(&self) -> io::Result<File> {
+        match &self.direct {
+            None => self.file.try_clone(),
+            Some(Direct { tail: Some(tail), .. }) => tail.try_clone(),
+            Some(_) => Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP)),
+        }
+    }
+
     /// Makes what was written durable, and the size with it.
     pub(super) fn flush(&self) -> Result<()> {
         self.file.sync_data().map_err(|error| Error::io("cannot flush", &error).on(&self.name))

@@ -22,6 +22,7 @@ mod open;
 pub mod own_mount;
 mod pages;
 mod probe;
+mod qcow2;
 mod raw;
 mod same;
 mod stripes;
@@ -44,6 +45,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::range::ByteRange;
+use crate::sync::Arc;
 
 /// What a byte range of an image holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,7 +74,7 @@ pub struct Extent {
 pub enum Format {
     /// A plain file or block device: byte N of the disk is byte N of the file.
     Raw,
-    /// A qcow2 file. Known by name; opening one is refused in this version.
+    /// A qcow2 file, with its backing files.
     Qcow2,
 }
 
@@ -285,6 +287,20 @@ pub trait Image: Send + Sync + fmt::Debug {
     /// connection). An image that cannot does nothing; its requests then end when they end, and until then their ranges stay
     /// locked (rule 14). Raw files and devices cannot; who waits for them gives up by [`crate::volume::target_queue::Ticket`].
     fn give_up(&self) {}
+
+    /// The image beneath it, which has what is not allocated in this one.
+    fn backing(&self) -> Option<&Arc<dyn Image>> {
+        None
+    }
+
+    /// Gives back what is only kept for speed (clusters that were reserved for writes to come); to be called when no request is
+    /// under way or expected, before others look at the file. The image can be used afterwards.
+    ///
+    /// # Errors
+    /// As [`Image::write_at`]; nothing of the disk is lost.
+    fn settle(&self) -> Result<()> {
+        Ok(())
+    }
 
     /// The descriptors to park with the keeper, so that locks outlive the server. Empty where there are none.
     fn descriptors(&self) -> Vec<(DescriptorRole, BorrowedFd<'_>)> {

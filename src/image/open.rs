@@ -20,6 +20,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use super::block_device::BlockDevice;
 use super::file_io::{Direct, FileIo};
 use super::lock::{self, Fence};
+use super::qcow2::{self, Qcow2Image};
 use super::raw::RawImage;
 use super::{Attributes, CacheMode, DescriptorRole, Format, Image, nbd, probe, users};
 use crate::error::{Error, ErrorKind, Result};
@@ -40,6 +41,8 @@ pub enum Role {
     Source,
     /// A mirror's target.
     Target,
+    /// Beneath another image: read, by others too.
+    Backing,
     /// Looked at only, whoever else uses it: no lock is taken.
     Observer,
 }
@@ -84,6 +87,11 @@ pub fn open(path: &Path, options: &OpenOptions) -> Result<Arc<dyn Image>> {
     if nbd::uri::is_uri(path) {
         return nbd::open(path, options);
     }
+    open_layer(path, options, &qcow2::Chain::default())
+}
+
+/// Opens an image beneath those of `chain`.
+pub(super) fn open_layer(path: &Path, options: &OpenOptions, chain: &qcow2::Chain) -> Result<Arc<dyn Image>> {
     let path = std::path::absolute(path).map_err(|error| Error::io("cannot open", &error).on(display(path)))?;
     let name = display(&path);
     let failed = |error: io::Error| cannot_open(&name, &error);
@@ -110,7 +118,8 @@ pub fn open(path: &Path, options: &OpenOptions) -> Result<Arc<dyn Image>> {
         }
         None => {
             // O_EXCL without O_CREAT: nobody else may hold the device that way, a mounted file system or an LVM for instance.
-            let exclusive = if device && options.role != Role::Observer { libc::O_EXCL } else { 0 };
+            let alone = !matches!(options.role, Role::Observer | Role::Backing);
+            let exclusive = if device && alone { libc::O_EXCL } else { 0 };
             let opened = lock::patiently(lock::PATIENCE, || match reopen(&path_only, options.writable, exclusive) {
                 Err(error) if device && error.raw_os_error() == Some(libc::EBUSY) => Ok(None),
                 opened => opened.map(Some),
@@ -121,8 +130,18 @@ pub fn open(path: &Path, options: &OpenOptions) -> Result<Arc<dyn Image>> {
     if options.role != Role::Observer {
         lock::take_image_locks(&locked, &name, options.writable)?;
     }
-    probe::decide(&path, &locked, options.format)?;
+    let format = probe::decide(&path, &locked, options.format)?;
     let opened = Opened { path, path_only, locked, writable: options.writable };
+    if format == Format::Qcow2 {
+        if device {
+            let what = "a qcow2 image on a block device is not supported:";
+            return Err(Error::new(ErrorKind::Unsupported, what)
+                .on(name)
+                .advise("pass --format raw to use the device itself"));
+        }
+        let io = opened.io(name, meta.size(), None, options)?;
+        return Ok(Arc::new(Qcow2Image::new(io, opened, options, chain)?));
+    }
     if device {
         let block = files::logical_block_size(&opened.locked).map_err(failed)?.into();
         let size = files::block_device_size(&opened.locked).map_err(failed)?;
@@ -195,7 +214,7 @@ fn check_access(parked: File, writable: bool) -> io::Result<File> {
     Ok(parked)
 }
 
-/// Creates a raw image of `size_bytes`, all of it a hole, and opens it. Mode and owner are those of `like`, where
+/// Creates an image of `size_bytes` (qcow2: rounded up to whole sectors), all of it a hole, and opens it. Mode and owner are those of `like`, where
 /// the system allows it.
 ///
 /// # Errors
@@ -207,16 +226,15 @@ pub fn create(
     options: &OpenOptions,
 ) -> Result<Arc<dyn Image>> {
     let name = display(path);
-    if options.format == Some(Format::Qcow2)
-        || (options.format.is_none() && probe::format_of_name(path) == Format::Qcow2)
-    {
-        return Err(Error::new(ErrorKind::Unsupported, "qcow2 is not supported yet: cannot create").on(name));
-    }
+    let format = options.format.unwrap_or_else(|| probe::format_of_name(path));
     let failed = |error: io::Error| Error::io("cannot create", &error).on(&*name);
     let mut new = std::fs::OpenOptions::new();
     let file = new.read(true).write(true).create_new(true).mode(0o600).open(path).map_err(failed)?;
     let finish = || {
-        file.set_len(size_bytes).map_err(failed)?;
+        match format {
+            Format::Raw => file.set_len(size_bytes).map_err(failed)?,
+            Format::Qcow2 => qcow2::format(&file, &name, size_bytes)?,
+        }
         let image = open(path, options)?;
         if let Some(like) = like {
             // Last, because it may take our right to open the file again.

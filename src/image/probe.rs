@@ -41,7 +41,7 @@ pub fn format_of_content(file: &File) -> std::io::Result<Format> {
 /// The format to use for `file` at `path`, where the user asked for `wanted`.
 ///
 /// # Errors
-/// When name and content disagree, when the content is not what was asked for, and for qcow2.
+/// When name and content disagree, and when the content is not what was asked for.
 pub(super) fn decide(path: &Path, file: &File, wanted: Option<Format>) -> Result<Format> {
     let name = path.display().to_string();
     if wanted == Some(Format::Raw) {
@@ -50,7 +50,7 @@ pub(super) fn decide(path: &Path, file: &File, wanted: Option<Format>) -> Result
     let found = format_of_content(file).map_err(|error| Error::io("cannot read", &error).on(&name))?;
     match (wanted.unwrap_or_else(|| format_of_name(path)), found) {
         (Format::Raw, Format::Raw) => Ok(Format::Raw),
-        (Format::Qcow2, Format::Qcow2) => Err(not_yet(&name)),
+        (Format::Qcow2, Format::Qcow2) => Ok(Format::Qcow2),
         (Format::Raw, _) => {
             let what = "the name promises raw bytes, but there is a qcow2 header in";
             Err(Error::new(ErrorKind::Usage, what)
@@ -67,13 +67,6 @@ pub(super) fn decide(path: &Path, file: &File, wanted: Option<Format>) -> Result
                 .advise("pass --format raw if these bytes are the disk itself"))
         }
     }
-}
-
-/// The refusal of qcow2.
-pub(super) fn not_yet(name: &str) -> Error {
-    Error::new(ErrorKind::Unsupported, "qcow2 is not supported yet: cannot open")
-        .on(name)
-        .advise("convert it: qemu-img convert -O raw IMAGE.qcow2 IMAGE.img")
 }
 
 #[cfg(test)]
@@ -105,8 +98,7 @@ mod tests {
         assert_eq!(decide_for("disk.img", header, Some(Format::Raw)).unwrap(), Format::Raw);
         assert_eq!(decide_for("disk.qcow2", b"bytes", Some(Format::Raw)).unwrap(), Format::Raw);
         assert_eq!(decide_for("disk.img", b"bytes", Some(Format::Qcow2)).unwrap_err().kind(), ErrorKind::Usage);
-        let error = decide_for("disk.img", header, Some(Format::Qcow2)).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Unsupported);
-        assert_eq!(decide_for("disk.QCOW2", header, None).unwrap_err().kind(), ErrorKind::Unsupported);
+        assert_eq!(decide_for("disk.img", header, Some(Format::Qcow2)).unwrap(), Format::Qcow2);
+        assert_eq!(decide_for("disk.QCOW2", header, None).unwrap(), Format::Qcow2);
     }
 }

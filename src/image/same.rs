@@ -144,12 +144,18 @@ pub fn refuse_on_own_disk(path: &Path) -> Result<()> {
         .advise("name a place outside of it"))
 }
 
-/// Refuses a mirror's target at `path` that is `source` itself, or lies in a mount of ours.
+/// Refuses a mirror's target at `path` that is `source` itself or one of its backing files, or lies in a mount of ours.
 ///
 /// # Errors
 /// Wrong usage, naming the target.
 pub fn refuse_same(source: &dyn Image, path: &Path) -> Result<()> {
     super::own_mount::refuse_inside(path)?;
+    for layer in std::iter::successors(source.backing(), |layer| layer.backing()) {
+        if same_image(&**layer, path)? {
+            let what = format!("the target is a backing file of the source ({}):", source.name());
+            return Err(Error::usage(what).on(path.display().to_string()).advise("name another file or device"));
+        }
+    }
     if !same_image(source, path)? {
         return Ok(());
     }

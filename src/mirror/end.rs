@@ -61,6 +61,12 @@ pub(super) fn conclude(job: &Arc<Job>, live: Live, verdict: Verdict) {
     if matches!(verdict, Verdict::Cancelled { keep: false }) && job.created_target {
         remove(&*target);
     }
+    if hung == 0 && !matches!(verdict, Verdict::Switched { .. }) {
+        // Before anybody is told that it ended: who looks at the target then finds it as it stays.
+        if let Err(error) = target.settle() {
+            log::warn!("job {}: {error}", job.id());
+        }
+    }
     drop(target);
 
     if !suspended {

@@ -22,6 +22,8 @@ use crate::volume::tracking::Tracking;
 /// How long the start of a mirror waits for guest writes that are under way, while new ones wait for it.
 const BARRIER_PATIENCE: Duration = Duration::from_secs(2);
 
+const SECTOR_BYTES: u64 = 512;
+
 /// What a job needs besides its options.
 pub struct Setting {
     /// The volume to mirror.
@@ -73,7 +75,9 @@ pub fn default_granularity(target: &dyn Image) -> Granularity {
 pub fn start(options: MirrorOptions, setting: Setting, register: impl FnOnce(&Arc<Job>)) -> Result<Arc<Job>> {
     let Setting { volume, target, created_target, intent, resumed, events, cutovers, observer } = setting;
     let size_bytes = volume.size_bytes();
-    if created_target && resumed.is_none() && target.size_bytes() != size_bytes {
+    // A qcow2 file holds whole sectors.
+    let as_created = target.size_bytes().saturating_sub(size_bytes) < SECTOR_BYTES;
+    if created_target && resumed.is_none() && !(target.size_bytes() >= size_bytes && as_created) {
         return Err(Error::not_now("the disk's size has just changed, try again:").on(volume.name()));
     }
     if target.size_bytes() < size_bytes {

@@ -288,6 +288,7 @@ fn run(
     server.heartbeat.end();
     server.flush_all();
     if ended.is_ok() {
+        settle(&volumes);
         server.suspend_jobs();
     }
     if ended.is_ok() {
@@ -295,6 +296,15 @@ fn run(
     }
     control.shutdown();
     ended
+}
+
+/// No guest comes any more. Before the state records how the images are left.
+fn settle(volumes: &[Arc<Volume>]) {
+    for volume in volumes {
+        if let Err(error) = volume.active().settle() {
+            log::warn!("{error}");
+        }
+    }
 }
 
 /// What a mount that has ended leaves: nothing but its record, and a word on where the disks are.

@@ -4,6 +4,9 @@ mod concurrency;
 mod devices;
 pub(super) mod model;
 mod opening;
+mod qcow2;
+mod qcow2_chains;
+mod qcow2_damage;
 mod sparse;
 
 pub(super) use self::devices::LoopDevice;

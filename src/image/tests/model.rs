@@ -32,7 +32,7 @@ pub(in crate::image) fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-fn clip(offset: u64, len: usize, size: usize) -> ByteRange {
+pub(super) fn clip(offset: u64, len: usize, size: usize) -> ByteRange {
     ByteRange::new(offset.min(size as u64), len as u64).intersect(ByteRange::new(0, size as u64))
 }
 
@@ -92,7 +92,7 @@ pub(in crate::image) fn read_all(image: &dyn Image) -> Vec<u8> {
 }
 
 /// Extents cover the image without a gap, and what is no data reads as zeroes.
-fn check_extents(image: &dyn Image, model: &[u8]) {
+pub(super) fn check_extents(image: &dyn Image, model: &[u8]) {
     let mut offset = 0;
     while offset < image.size_bytes() {
         let extent = image.extent_at(offset);

@@ -1,0 +1,195 @@
+//! The file that holds a qcow2 image: bytes of clusters, bytes of metadata, and syncs.
+//!
+//! Clusters of data go through [`FileIo`], past the page cache where that was asked for. Metadata goes through the page cache always: an entry of
+//! eight bytes is no direct request. The two never share a page (direct I/O is refused for clusters smaller than one).
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use nix::errno::Errno;
+use nix::fcntl::FallocateFlags;
+use nix::unistd::{Whence, lseek};
+
+use super::super::file_io::FileIo;
+use super::super::zeroing::{Ability, Tried};
+use super::damaged;
+use super::sync_point::SyncPoint;
+use crate::error::{Error, ErrorKind, Result};
+use crate::range::ByteRange;
+use crate::sync::atomic::{AtomicBool, Ordering};
+
+/// The file grows in steps of this at least: all of it can then be written in whole blocks.
+const STEP_BYTES: u64 = 64 << 10;
+/// The largest page of a kernel in use here.
+const PAGE_BYTES: u64 = 4096;
+
+/// The file.
+#[derive(Debug)]
+pub(super) struct Host {
+    io: FileIo,
+    /// Goes through the page cache.
+    metadata: File,
+    punch: Ability,
+    syncs: SyncPoint,
+    /// What is in the file is not known any more: nothing is written that builds on it.
+    broken: AtomicBool,
+}
+
+/// The length of what is known to fit memory.
+pub(super) fn in_memory(len: u64) -> usize {
+    usize::try_from(len).expect("a range in memory")
+}
+
+impl Host {
+    pub(super) fn new(io: FileIo) -> Result<Self> {
+        let metadata = io.buffered().map_err(|error| Error::io("cannot open", &error).on(io.name()))?;
+        let (punch, syncs, broken) = (Ability::default(), SyncPoint::default(), AtomicBool::new(false));
+        Ok(Host { io, metadata, punch, syncs, broken })
+    }
+
+    pub(super) fn name(&self) -> &str {
+        self.io.name()
+    }
+
+    pub(super) fn file(&self) -> &File {
+        &self.metadata
+    }
+
+    pub(super) fn metadata(&self) -> Result<std::fs::Metadata> {
+        self.metadata.metadata().map_err(|error| Error::io("cannot look at", &error).on(self.name()))
+    }
+
+    pub(super) fn request_alignment(&self) -> u64 {
+        self.io.request_alignment()
+    }
+
+    pub(super) fn len_bytes(&self) -> u64 {
+        self.io.size_bytes()
+    }
+
+    /// Makes the file's length a whole number of steps, so that it can be written directly up to its end.
+    ///
+    /// # Errors
+    /// Direct I/O and clusters that share a page; the file cannot grow.
+    pub(super) fn prepare_for_writing(&self, cluster_bytes: u64) -> Result<()> {
+        if self.io.request_alignment() == 1 {
+            return Ok(());
+        }
+        if cluster_bytes < PAGE_BYTES.max(self.io.request_alignment()) {
+            let what = format!("cache=none needs clusters of {PAGE_BYTES} bytes at least, these have {cluster_bytes}:");
+            return Err(Error::new(ErrorKind::Unsupported, what).on(self.name()).advise("use -o cache=writeback"));
+        }
+        self.grow_to(self.len_bytes())
+    }
+
+    /// Makes the file at least `len_bytes` long. What is new is a hole.
+    pub(super) fn grow_to(&self, len_bytes: u64) -> Result<()> {
+        let len = len_bytes.checked_next_multiple_of(STEP_BYTES);
+        match len {
+            Some(len) if len <= self.io.size_bytes() => Ok(()),
+            Some(len) if i64::try_from(len).is_ok() => self.io.resize_to_at_least(len),
+            _ => Err(damaged(self.name(), "a cluster lies beyond the end of every file")),
+        }
+    }
+
+    /// Cuts the file's end off, or nothing if `len_bytes` is more than it has.
+    pub(super) fn cut_to(&self, len_bytes: u64) -> Result<()> {
+        if len_bytes >= self.io.size_bytes() {
+            return Ok(());
+        }
+        self.io.resize(len_bytes)
+    }
+
+    /// Reads data. Past the file's end there are zeroes.
+    pub(super) fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        let there = self.len_bytes().saturating_sub(offset).min(buffer.len() as u64);
+        let (head, tail) = buffer.split_at_mut(in_memory(there));
+        tail.fill(0);
+        if head.is_empty() { Ok(()) } else { self.io.read(offset, head) }
+    }
+
+    /// Writes data.
+    pub(super) fn write(&self, offset: u64, data: &[u8]) -> Result<()> {
+        self.check_sound()?;
+        self.grow_to(offset.saturating_add(data.len() as u64))?;
+        self.io.write(offset, data)
+    }
+
+    /// Makes a range zero, and a hole where that can be. False: it took writing.
+    pub(super) fn zero(&self, range: ByteRange) -> Result<bool> {
+        self.check_sound()?;
+        let range = range.intersect(ByteRange::new(0, self.len_bytes()));
+        if range.is_empty() || self.punch(range)? {
+            return Ok(true);
+        }
+        self.io.write_zero_bytes(range)?;
+        Ok(false)
+    }
+
+    /// Makes a range a hole. False: the file system cannot.
+    pub(super) fn punch(&self, range: ByteRange) -> Result<bool> {
+        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        let range = range.intersect(ByteRange::new(0, self.len_bytes()));
+        match self.io.change("discard", range, || self.punch.attempt_fallocate(self.io.file(), flags, range))? {
+            Tried::Done => Ok(true),
+            Tried::Refused => Ok(false),
+            Tried::Failed(error) => Err(self.io.failed("discard", range, &error)),
+        }
+    }
+
+    /// Reads metadata: all of it must be there.
+    pub(super) fn read_metadata(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        let range = ByteRange::new(offset, buffer.len() as u64);
+        self.metadata.read_exact_at(buffer, offset).map_err(|error| match error.kind() {
+            std::io::ErrorKind::UnexpectedEof => {
+                damaged(self.name(), "a table lies past the end of the file").at(range)
+            }
+            _ => self.io.failed("read metadata of", range, &error),
+        })
+    }
+
+    /// Reads big-endian numbers.
+    pub(super) fn read_numbers(&self, offset: u64, count: usize) -> Result<Vec<u64>> {
+        let mut bytes = vec![0; count * 8];
+        self.read_metadata(offset, &mut bytes)?;
+        Ok(bytes.chunks_exact(8).map(|bytes| u64::from_be_bytes(bytes.try_into().expect("eight bytes"))).collect())
+    }
+
+    /// Writes metadata that is in use. If that fails, the image takes no more changes: what memory says and what the file says must
+    /// not differ. Its room was allocated before, a full file system is no reason for it.
+    pub(super) fn write_metadata(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.write_new_metadata(offset, bytes).inspect_err(|_| self.broken.store(true, Ordering::Release))
+    }
+
+    /// Writes metadata that nothing refers to yet.
+    pub(super) fn write_new_metadata(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.check_sound()?;
+        let range = ByteRange::new(offset, bytes.len() as u64);
+        self.metadata.write_all_at(bytes, offset).map_err(|error| self.io.failed("write metadata of", range, &error))
+    }
+
+    /// Writes big-endian numbers.
+    pub(super) fn write_numbers(&self, offset: u64, numbers: &[u64]) -> Result<()> {
+        let bytes: Vec<u8> = numbers.iter().flat_map(|number| number.to_be_bytes()).collect();
+        self.write_metadata(offset, &bytes)
+    }
+
+    /// Makes durable what was written before the call.
+    pub(super) fn sync(&self) -> Result<()> {
+        self.syncs.pass(|| self.io.flush())
+    }
+
+    fn check_sound(&self) -> Result<()> {
+        if !self.broken.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let what = "metadata could not be written before, nothing more is changed in";
+        Err(Error::new(ErrorKind::Failed, what).on(self.name()).advise("make room, then mount the image again"))
+    }
+
+    /// Where the next data (or hole) of the file is, from `offset` on; ENXIO: there is none.
+    pub(super) fn seek(&self, offset: u64, whence: Whence) -> std::result::Result<u64, Errno> {
+        let offset = i64::try_from(offset).map_err(|_| Errno::ENXIO)?;
+        u64::try_from(lseek(&self.metadata, offset, whence)?).map_err(|_| Errno::EIO)
+    }
+}

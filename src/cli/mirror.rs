@@ -46,7 +46,7 @@ pub struct Arguments {
 #[derive(Debug, clap::Args)]
 pub struct MirrorArguments {
     /// The target's format; otherwise as its name says.
-    #[arg(long, value_parser = ["raw"])]
+    #[arg(long, value_parser = ["raw", "qcow2"])]
     format: Option<String>,
     /// background: the guest waits for the source only. write-blocking: it waits for both images. auto: the mirror chooses.
     #[arg(long, value_parser = ["auto", "background", "write-blocking"], default_value = "auto")]

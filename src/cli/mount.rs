@@ -9,14 +9,15 @@ use super::place;
 use super::units;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::{launch, mountpoint};
-use crate::image::Format;
 use crate::image::nbd::{RECONNECT_DEFAULT, uri};
+use crate::image::{Format, format_of_name};
 use crate::server::config::{Layout, MountConfig, VolumeConfig};
 use crate::state::paths;
 
 /// Mounts disks as plain files.
 ///
-/// SOURCE is a raw image, a block device or an NBD URI (a qcow2 file is refused in this version). Returns when the disks can be used, and prints their paths.
+/// SOURCE is a raw image, a qcow2 file (with its backing files), a block device or an NBD URI. Returns when the disks can be used, and
+/// prints their paths.
 ///
 /// MOUNTPOINT is an empty directory, in which each disk is a file named after its SOURCE; or a regular file, SOURCE itself
 /// included, which becomes the disk.
@@ -294,7 +295,7 @@ fn default_name(source: &Path, format: Option<Format>) -> Result<String> {
     }
     let qcow2 = match format {
         Some(format) => format == Format::Qcow2,
-        None => source.extension().is_some_and(|extension| extension == "qcow2"),
+        None => format_of_name(source) == Format::Qcow2,
     };
     let named = source.file_name().map(|name| {
         let name = Path::new(name);

@@ -257,6 +257,7 @@ impl Ledger {
             generation: volume.generation,
             successor: volume.active,
             successor_identity: volume.active_identity,
+            successor_format: Some(volume.format),
             when: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
         };
         let cleared = self.clear_mark(&*switch.new);

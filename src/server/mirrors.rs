@@ -27,7 +27,9 @@ impl Server {
         let target = target::prepare(volume, &self.volumes, options, &self.config)?;
         self.ledger.tell_apart(&*target.image, &*volume.active());
         let granularity = options.granularity.unwrap_or_else(|| default_granularity(&*target.image));
-        let options = MirrorOptions { granularity: Some(granularity), ..options.clone() };
+        // What it is now it stays, whatever a guest writes onto its disk.
+        let format = Some(target.image.format());
+        let options = MirrorOptions { granularity: Some(granularity), format, ..options.clone() };
         self.ledger.park(&*target.image);
         let started = self.pair(volume, &target, &options).and_then(|intent| {
             let setting = self.setting(volume, target.image.clone(), target.created, intent, None);

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use super::config::{MountConfig, VolumeConfig};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::nbd::uri;
-use crate::image::{DescriptorRole, Identity, Image, OpenOptions, Role, open};
+use crate::image::{DescriptorRole, Format, Identity, Image, OpenOptions, Role, open};
 use crate::state::{FormerImage, Mark, Marks, MountState, VolumeState, random_id};
 use crate::sync::Arc;
 
@@ -50,10 +50,11 @@ pub(super) fn open_first(
     marks: &Marks,
 ) -> Result<OpenedVolume> {
     let mut path = volume.source.clone();
+    let mut format = volume.format;
     let mut generation = 0;
     for _ in 0..STEPS_MAX {
         let options = OpenOptions {
-            format: volume.format.filter(|_| path == volume.source),
+            format: format.or_else(|| recorded_format(&path, recorded, marks)),
             writable: !config.read_only,
             cache: config.cache,
             role: Role::Source,
@@ -62,6 +63,7 @@ pub(super) fn open_first(
             insist: false,
         };
         let image = open(&path, &options)?;
+        refuse_hidden_layers(config, &*image)?;
         let mark = newest_mark(&*image, recorded, marks)?.filter(|mark| mark.generation > generation);
         let Some(mark) = mark else {
             return settle_on(config, volume, image, recorded, marks, generation);
@@ -80,10 +82,32 @@ pub(super) fn open_first(
         check_successor(&mark, marks)?;
         log::info!("{}: superseded, following to {}", path.display(), mark.successor);
         generation = mark.generation;
+        format = mark.successor_format;
         path = PathBuf::from(&mark.successor);
     }
     let what = "its successors lead in a circle or too far:";
     Err(Error::new(ErrorKind::Superseded, what).on(volume.source.display().to_string()))
+}
+
+/// The format that the record of the last mount knows of the image at `path`, if it is that very image: a guest may since have
+/// written onto its raw disk what looks like another format.
+fn recorded_format(path: &Path, recorded: Option<&MountState>, marks: &Marks) -> Option<Format> {
+    let known = recorded?.volumes.iter().find(|volume| Path::new(&volume.active) == path)?;
+    let (identity, _) = mark_of(path, marks)?;
+    is_same(&identity, &known.active_identity).then_some(known.format)
+}
+
+/// A backing file beneath the mountpoint could not be opened again by the next server: it would wait for itself.
+fn refuse_hidden_layers(config: &MountConfig, image: &dyn Image) -> Result<()> {
+    for layer in std::iter::successors(image.backing(), |layer| layer.backing()) {
+        let path = layer.path().and_then(|path| path.canonicalize().ok());
+        if path.is_some_and(|path| path.starts_with(&config.mountpoint)) {
+            return Err(Error::usage("the mount would hide a backing file of the disk:")
+                .on(layer.name())
+                .advise("mount somewhere else"));
+        }
+    }
+    Ok(())
 }
 
 /// Opens the recorded active image again, for a server that takes over a live mount.
@@ -121,14 +145,14 @@ pub(super) fn mark_former(former: &FormerImage, volume: &VolumeState, marks: &Ma
     if !is_same(&identity, &former.identity) || mark.is_some_and(|mark| mark.generation >= former.generation) {
         return Ok(());
     }
-    let options =
-        OpenOptions { role: Role::Observer, format: Some(crate::image::Format::Raw), ..OpenOptions::default() };
+    let options = OpenOptions { role: Role::Observer, format: Some(Format::Raw), ..OpenOptions::default() };
     let image = open(Path::new(&former.path), &options)?;
     let mark = Mark {
         volume: volume.id.clone(),
         generation: former.generation,
         successor: volume.active.clone(),
         successor_identity: volume.active_identity.clone(),
+        successor_format: Some(volume.format),
         when: "a cutover that a crash cut short".to_owned(),
     };
     locked_descriptor(&*image).map_or(Ok(()), |descriptor| marks.supersede(descriptor, &identity, &mark))
@@ -165,6 +189,7 @@ fn recorded_mark(volume: &VolumeState, identity: &Identity) -> Option<Mark> {
         generation: left.generation,
         successor: volume.active.clone(),
         successor_identity: volume.active_identity.clone(),
+        successor_format: Some(volume.format),
         when: "the last mount there".to_owned(),
     })
 }
@@ -188,8 +213,7 @@ fn is_active_again(image: &dyn Image, mark: &Mark, marks: &Marks) -> bool {
 
 /// Looks at an image without locking it: its identity and its mark.
 fn mark_of(path: &Path, marks: &Marks) -> Option<(Identity, Option<Mark>)> {
-    let options =
-        OpenOptions { role: Role::Observer, format: Some(crate::image::Format::Raw), ..OpenOptions::default() };
+    let options = OpenOptions { role: Role::Observer, format: Some(Format::Raw), ..OpenOptions::default() };
     let image = open(path, &options).ok()?;
     let identity = image.identity().ok()?;
     // NBD exports carry none.

@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::Identity;
+use crate::image::{Format, Identity};
 use crate::sync::Arc;
 
 use super::attributes;
@@ -44,6 +44,9 @@ pub struct Mark {
     pub successor: String,
     /// Which image that is.
     pub successor_identity: Identity,
+    /// Its format. `None`: of a version that did not write it down.
+    #[serde(default)]
+    pub successor_format: Option<Format>,
     /// When, RFC 3339.
     pub when: String,
 }

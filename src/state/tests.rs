@@ -219,6 +219,7 @@ fn mark(generation: u64) -> Mark {
         generation,
         successor: "/new/disk.img".into(),
         successor_identity: identity(2),
+        successor_format: Some(Format::Raw),
         when: "2026-01-01T00:00:00Z".into(),
     }
 }

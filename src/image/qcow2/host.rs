@@ -13,6 +13,8 @@ use nix::unistd::{Whence, lseek};
 use super::super::file_io::FileIo;
 use super::super::zeroing::{Ability, Tried};
 use super::damaged;
+#[cfg(test)]
+use super::journal::Event;
 use super::sync_point::SyncPoint;
 use crate::error::{Error, ErrorKind, Result};
 use crate::range::ByteRange;
@@ -87,7 +89,11 @@ impl Host {
         let len = len_bytes.checked_next_multiple_of(STEP_BYTES);
         match len {
             Some(len) if len <= self.io.size_bytes() => Ok(()),
-            Some(len) if i64::try_from(len).is_ok() => self.io.resize_to_at_least(len),
+            Some(len) if i64::try_from(len).is_ok() => {
+                #[cfg(test)]
+                super::journal::note(|| Event::Len(len));
+                self.io.resize_to_at_least(len)
+            }
             _ => Err(damaged(self.name(), "a cluster lies beyond the end of every file")),
         }
     }
@@ -97,6 +103,8 @@ impl Host {
         if len_bytes >= self.io.size_bytes() {
             return Ok(());
         }
+        #[cfg(test)]
+        super::journal::note(|| Event::Len(len_bytes));
         self.io.resize(len_bytes)
     }
 
@@ -112,6 +120,8 @@ impl Host {
     pub(super) fn write(&self, offset: u64, data: &[u8]) -> Result<()> {
         self.check_sound()?;
         self.grow_to(offset.saturating_add(data.len() as u64))?;
+        #[cfg(test)]
+        super::journal::note(|| Event::Write { offset, bytes: data.to_vec() });
         self.io.write(offset, data)
     }
 
@@ -130,6 +140,8 @@ impl Host {
     pub(super) fn punch(&self, range: ByteRange) -> Result<bool> {
         let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         let range = range.intersect(ByteRange::new(0, self.len_bytes()));
+        #[cfg(test)]
+        super::journal::note(|| Event::Zero(range));
         match self.io.change("discard", range, || self.punch.attempt_fallocate(self.io.file(), flags, range))? {
             Tried::Done => Ok(true),
             Tried::Refused => Ok(false),
@@ -165,6 +177,8 @@ impl Host {
     pub(super) fn write_new_metadata(&self, offset: u64, bytes: &[u8]) -> Result<()> {
         self.check_sound()?;
         let range = ByteRange::new(offset, bytes.len() as u64);
+        #[cfg(test)]
+        super::journal::note(|| Event::Write { offset, bytes: bytes.to_vec() });
         self.metadata.write_all_at(bytes, offset).map_err(|error| self.io.failed("write metadata of", range, &error))
     }
 
@@ -176,7 +190,10 @@ impl Host {
 
     /// Makes durable what was written before the call.
     pub(super) fn sync(&self) -> Result<()> {
-        self.syncs.pass(|| self.io.flush())
+        self.syncs.pass(|| self.io.flush())?;
+        #[cfg(test)]
+        super::journal::note(|| Event::Synced);
+        Ok(())
     }
 
     fn check_sound(&self) -> Result<()> {

@@ -45,6 +45,8 @@ mod create;
 mod entry;
 mod header;
 mod host;
+#[cfg(test)]
+pub(super) mod journal;
 mod mapping;
 mod refcounts;
 mod status;

@@ -1,0 +1,41 @@
+//! What was done to the file, in order: a test takes a part of it away, as a power cut does.
+
+use std::cell::RefCell;
+
+use crate::range::ByteRange;
+
+/// A change of the file, or the point up to which all changes are durable.
+#[derive(Clone, Debug)]
+pub(in crate::image) enum Event {
+    Write { offset: u64, bytes: Vec<u8> },
+    Zero(ByteRange),
+    Len(u64),
+    Synced,
+}
+
+thread_local! {
+    static EVENTS: RefCell<Option<Vec<Event>>> = const { RefCell::new(None) };
+}
+
+/// Begins to note what this thread does.
+pub(in crate::image) fn start() {
+    EVENTS.with(|events| *events.borrow_mut() = Some(Vec::new()));
+}
+
+/// How much was noted so far.
+pub(in crate::image) fn len() -> usize {
+    EVENTS.with(|events| events.borrow().as_ref().map_or(0, Vec::len))
+}
+
+/// Ends it.
+pub(in crate::image) fn take() -> Vec<Event> {
+    EVENTS.with(|events| events.borrow_mut().take()).unwrap_or_default()
+}
+
+pub(super) fn note(event: impl FnOnce() -> Event) {
+    EVENTS.with(|events| {
+        if let Some(events) = &mut *events.borrow_mut() {
+            events.push(event());
+        }
+    });
+}

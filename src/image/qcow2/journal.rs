@@ -1,4 +1,5 @@
-//! What was done to the file, in order: a test takes a part of it away, as a power cut does.
+//! For tests: what was done to the file, in order, so that a part of it can be taken away, as a power cut does; and a place to stop a
+//! read at.
 
 use std::cell::RefCell;
 
@@ -15,6 +16,21 @@ pub(in crate::image) enum Event {
 
 thread_local! {
     static EVENTS: RefCell<Option<Vec<Event>>> = const { RefCell::new(None) };
+}
+
+thread_local! {
+    static BEFORE_READING: RefCell<Option<Box<dyn FnOnce()>>> = const { RefCell::new(None) };
+}
+
+/// What this thread does once, when it knows where in the file its next read will be.
+pub(in crate::image) fn before_reading(then: impl FnOnce() + 'static) {
+    BEFORE_READING.with(|place| *place.borrow_mut() = Some(Box::new(then)));
+}
+
+pub(super) fn reads_now() {
+    if let Some(then) = BEFORE_READING.with(|place| place.borrow_mut().take()) {
+        then();
+    }
 }
 
 /// Begins to note what this thread does.

@@ -93,6 +93,8 @@ impl Qcow2Image {
         while !range.is_empty() {
             let run = self.run_at(range)?;
             let (head, rest) = buffer.split_at_mut(in_memory(run.range.len()));
+            #[cfg(test)]
+            super::journal::reads_now();
             match run.place {
                 Place::Unallocated => self.read_backing(run.range, head)?,
                 Place::Zero { .. } => head.fill(0),

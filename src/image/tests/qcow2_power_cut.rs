@@ -60,6 +60,50 @@ fn touched(step: &Step, size: usize) -> std::ops::Range<usize> {
     }
 }
 
+/// Cuts the power at the end of `work`, a few times, and looks at the file.
+fn cut_after(path: &Path, work: impl FnOnce(&dyn Image), look: impl Fn(&Path)) {
+    let before = std::fs::read(path).unwrap();
+    journal::start();
+    let image = open_qcow2(path, CacheMode::Writeback);
+    work(&*image);
+    let events = journal::take();
+    drop(image);
+    let found = path.with_extension("found.qcow2");
+    for seed in 1..=12_u64 {
+        std::fs::write(&found, after_the_cut(&before, &events, seed.wrapping_mul(0x9E37_79B9_7F4A_7C15))).unwrap();
+        check_file(&found, true);
+        look(&found);
+    }
+}
+
+#[test]
+fn nothing_is_referred_to_before_its_refcount_is_durable() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
+    if new_file(&path, "cluster_size=64k", 8 << 20).is_none() {
+        return;
+    }
+    cut_after(&path, |image| image.write_at(0, &[1; 20_000]).unwrap(), |_| ());
+}
+
+#[test]
+fn a_table_that_a_snapshot_shares_is_copied_before_the_copy_is_referred_to() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
+    if new_file(&path, "cluster_size=4k", 1 << 20).is_none() {
+        return;
+    }
+    open_qcow2(&path, CacheMode::Writeback).write_at(0, &vec![5; 1 << 20]).unwrap();
+    qemu_img(&["snapshot", "-c", "then", text(&path)]).unwrap();
+    let look = |found: &Path| {
+        let image = open(found, &OpenOptions::default()).unwrap();
+        let mut seen = vec![0; (1 << 20) - 4096];
+        image.read_at(4096, &mut seen).unwrap();
+        assert!(seen.iter().all(|&byte| byte == 5), "what was not written is gone");
+    };
+    cut_after(&path, |image| image.write_at(0, &[6; 4096]).unwrap(), look);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 40, failure_persistence: None, ..ProptestConfig::default() })]
 

@@ -23,6 +23,11 @@ pub(super) fn directories() -> Vec<tempfile::TempDir> {
     found
 }
 
+/// A directory in which syncs cost nothing, if there is one.
+pub(super) fn quick_directory() -> tempfile::TempDir {
+    directories().pop().expect("one at least")
+}
+
 pub(super) fn file_of(path: &Path, size_bytes: u64) {
     std::fs::File::create(path).unwrap().set_len(size_bytes).unwrap();
 }

@@ -75,7 +75,7 @@ proptest! {
         steps in proptest::collection::vec(step(), 1..25),
         kill in 0..25_usize,
     ) {
-        let directory = tempfile::tempdir().unwrap();
+        let directory = quick_directory();
         let path = directory.path().join("disk.qcow2");
         let size = whole_sectors(size);
         if new_file(&path, KINDS[kind], size).is_none() {
@@ -110,7 +110,7 @@ proptest! {
         steps in proptest::collection::vec(step(), 1..25),
         kill in 0..25_usize,
     ) {
-        let directory = tempfile::tempdir().unwrap();
+        let directory = quick_directory();
         let at = |name: &str| directory.path().join(name);
         let (size, base, middle) = (whole_sectors(size), whole_sectors(below.0), whole_sectors(below.1));
         // A raw base with holes, and a qcow2 file over it that has some of it; both may be shorter or longer than the top.

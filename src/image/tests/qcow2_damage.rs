@@ -147,7 +147,7 @@ proptest! {
     fn mutated_metadata_never_panics(changes in proptest::collection::vec((0..0x5_0000_usize, any::<u8>(), any::<bool>()), 1..8)) {
         static SOUND: std::sync::OnceLock<Option<Vec<u8>>> = std::sync::OnceLock::new();
         let sound = SOUND.get_or_init(|| {
-            let directory = tempfile::tempdir().unwrap();
+            let directory = quick_directory();
             let path = directory.path().join("disk.qcow2");
             new_file(&path, "cluster_size=4k", 1 << 20)?;
             let image = open(&path, &options(CacheMode::Writeback)).unwrap();
@@ -162,7 +162,7 @@ proptest! {
             let at = if in_header { at % 112 } else { at % bytes.len() };
             bytes[at] = byte;
         }
-        let directory = tempfile::tempdir().unwrap();
+        let directory = quick_directory();
         let path = directory.path().join("disk.qcow2");
         std::fs::write(&path, bytes).unwrap();
         if let Ok(image) = open(&path, &OpenOptions { format: Some(Format::Qcow2), ..options(CacheMode::Writeback) }) {

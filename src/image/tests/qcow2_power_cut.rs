@@ -116,7 +116,7 @@ proptest! {
         cut in 0.0..1.0_f64,
         seed in any::<u64>(),
     ) {
-        let directory = tempfile::tempdir().unwrap();
+        let directory = quick_directory();
         let at = |name: &str| directory.path().join(name);
         let size = size.next_multiple_of(512);
         let mut model = vec![0_u8; usize::try_from(size).unwrap()];

@@ -13,11 +13,13 @@ use nix::sys::signal::Signal;
 
 use common::command::{long, run};
 use common::compare::allocated_bytes;
+use common::leftovers;
 use common::mortal;
 use common::mounted::{Mount, Mounted};
 use common::pattern::{self, Habits, Load, Table};
 use common::place::Place;
 use common::random::{self, Random};
+use common::wait;
 
 const MIB: u64 = 1 << 20;
 
@@ -179,6 +181,9 @@ fn whatever_is_killed_acknowledged_writes_stay_and_the_files_are_sound() {
         std::thread::sleep(Duration::from_millis(random.below(60)));
         mounted.kill_everything();
         load.end();
+        // A process ends with the last of its threads: until then it has its locks.
+        let unused = |image: &Path| !image.exists() || leftovers::locks_on(image).is_empty();
+        wait::until("nobody to use the images", || unused(&a) && unused(&b));
         check(&a, true);
         if round >= 2 {
             check(&b, true);

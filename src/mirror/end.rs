@@ -22,6 +22,10 @@ pub(super) fn conclude(job: &Arc<Job>, live: Live, verdict: Verdict) {
     job.stopping.store(true, SeqCst);
     job.wake();
     let hung = wait_for_threads(job);
+    if hung > 0 && !good {
+        // A network image ends them now; others cannot, and then they keep what they have until they return (rule 14).
+        live.target.image().give_up();
+    }
     if let Some(intent) = &job.intent {
         intent.detach();
     }

@@ -37,12 +37,23 @@ impl Arguments {
         let mut total = Verified { next: Some(0), ..Verified::default() };
         while let Some(from) = total.next {
             if interrupt.came() {
+                if total.first_difference.is_some() {
+                    break;
+                }
                 let what =
                     format!("interrupted after {} of {}:", units::size(from), units::size(disk.status.size_bytes));
                 return Err(Error::not_now(what).on(disk.status.disk));
             }
-            let step: Verified =
-                mount.client.call("livemirror-verify", json!({ "device": disk.device, "from": from }))?;
+            let step = mount.client.call("livemirror-verify", json!({ "device": disk.device, "from": from }));
+            let step: Verified = match step {
+                Ok(step) => step,
+                // What was found is not forgotten because of what came after it.
+                Err(error) if total.first_difference.is_some() => {
+                    log::error!("{error}");
+                    break;
+                }
+                Err(error) => return Err(error),
+            };
             total = Verified {
                 next: step.next,
                 same_bytes: total.same_bytes + step.same_bytes,

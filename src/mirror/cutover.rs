@@ -130,7 +130,7 @@ impl Cutovers {
         log::error!("the copy may be finished or not: {error}; nothing is copied until a record is durable");
         while let Err(error) = self.committer.settle(switches, false) {
             log::error!("the end of the copy is still undecided: {error}");
-            if still_wanted(participants).is_err() {
+            if participants.iter().any(|one| one.job.verdict().is_some()) {
                 frozen.for_good();
                 break;
             }

@@ -1,14 +1,14 @@
 //! Comparing both images of a mirror while the guest runs.
 //!
 //! ```text
-//! piece quiet (nothing dirty, claimed or held there)? -> read both -> same: on to the next
-//!        ^                                                        \-> not: under the barrier: still quiet? read again: a difference
-//!        \------------------- later, if it is not -------------------/
+//! watch the piece -> quiet (nothing dirty, claimed or held there)? -> read both -> same: on to the next
+//!        ^                                                         \-> not: under the barrier: still quiet, untouched? a difference
+//!        \---------------------- later, if it is not ------------------------/
 //! ```
 //!
-//! What is dirty may differ, and a guest's write that is between the source and its mark makes a difference that is none: so one is
-//! believed only under the barrier, where no such write is under way. What is never quiet for long enough to be read is counted as
-//! unsettled. Nothing is written, and guests wait for no more than two reads of one block.
+//! What is dirty may differ, and a guest's write that is between the source and its mark makes a difference that is none. So one is
+//! believed only if, seen under the barrier, no guest has changed the piece since before it was read. Nothing is read under the barrier:
+//! an image that does not answer keeps no guest. What is never quiet for long enough is counted as unsettled. Nothing is written.
 
 use std::time::Duration;
 
@@ -18,11 +18,11 @@ use super::job::{Job, Live};
 use crate::error::{Error, Result};
 use crate::image::{ExtentStatus, Image};
 use crate::range::ByteRange;
-use crate::sync::{Instant, thread};
+use crate::sync::{Arc, Instant, thread};
 
 /// Bytes that are read of each image at a time.
 const PIECE_BYTES: u64 = 256 << 10;
-/// What is reported as different, and what is read under the barrier.
+/// What is reported as different.
 const BLOCK_BYTES: u64 = 4 << 10;
 /// A step ends after this, so that whoever waits for it can be interrupted.
 const STEP: Duration = Duration::from_millis(200);
@@ -58,8 +58,7 @@ enum Found {
 /// # Errors
 /// `NotNow`: the mirror has ended, or is not ready. One of the images cannot be read.
 pub fn step(job: &Job, from: u64) -> Result<Verified> {
-    let ended = || Error::not_now("the mirror has ended:").on(job.volume().name());
-    let live = job.live().ok_or_else(ended)?;
+    let live = job.live().ok_or_else(|| ended(job))?;
     if !job.state.lock().ready {
         let error = Error::not_now("the mirror is not ready: much is still to be copied:");
         return Err(error.on(job.volume().name()).advise("wait until `livemirror status` says ready"));
@@ -71,7 +70,7 @@ pub fn step(job: &Job, from: u64) -> Result<Verified> {
     let mut at = from;
     while at < size_bytes && Instant::now() < until {
         if job.live.lock().is_none() {
-            return Err(ended());
+            return Err(ended(job));
         }
         let piece = ByteRange::new(at, PIECE_BYTES).intersect(ByteRange::new(0, size_bytes));
         let (range, found) = look(job, &live, piece, &mut buffers)?;
@@ -89,12 +88,22 @@ pub fn step(job: &Job, from: u64) -> Result<Verified> {
     Ok(verified)
 }
 
+fn ended(job: &Job) -> Error {
+    Error::not_now("the mirror has ended:").on(job.volume().name())
+}
+
+/// True if guests' changes still go through this job's tracking.
+fn is_tracked(job: &Job, live: &Live) -> bool {
+    job.volume().tracking().is_some_and(|tracking| Arc::ptr_eq(&tracking, &live.tracking))
+}
+
 /// Looks at `piece`, or where it is not all the same, at a part of it from its start on.
 fn look(job: &Job, live: &Live, piece: ByteRange, buffers: &mut [Vec<u8>; 2]) -> Result<(ByteRange, Found)> {
     // A mirror that is paused settles nothing.
     let patience = if job.must_yield() { Duration::ZERO } else { PATIENCE };
     let deadline = Instant::now() + patience;
     loop {
+        let watch = live.tracking.watch(piece);
         let part = match hole_of_both(live, piece) {
             Some(hole) if live.map.is_quiet(hole) => return Ok((hole, Found::Same)),
             _ => piece,
@@ -106,14 +115,16 @@ fn look(job: &Job, live: &Live, piece: ByteRange, buffers: &mut [Vec<u8>; 2]) ->
                 return Ok((ByteRange::from_bounds(part.start(), block.start()), Found::Same));
             }
             if let Some(_raised) = job.volume().raise_barrier(Some(Instant::now() + BARRIER_PATIENCE)) {
-                if live.map.is_quiet(block) {
-                    return match first_difference(live, block, buffers)? {
-                        Some(_) => Ok((block, Found::Different(block.start()))),
-                        None => Ok((block, Found::Same)),
-                    };
+                if !is_tracked(job, live) {
+                    // Guests write to one image only since.
+                    return Err(ended(job));
+                }
+                if live.map.is_quiet(block) && !watch.was_touched() {
+                    return Ok((block, Found::Different(block.start())));
                 }
             }
         }
+        drop(watch);
         if Instant::now() >= deadline {
             return Ok((piece, Found::Unsettled));
         }

@@ -22,7 +22,8 @@ use super::target_queue::TargetQueue;
 use crate::dirty::DirtyMap;
 use crate::error::{Error, Result};
 use crate::image::Image;
-use crate::sync::{Arc, Instant};
+use crate::range::ByteRange;
+use crate::sync::{Arc, Instant, Mutex, MutexGuard};
 
 /// Hears what guests' writes meet at the target. Called on guests' threads: must be quick and must not wait.
 pub trait TargetObserver: Send + Sync {
@@ -43,6 +44,37 @@ pub struct Tracking {
     dirtied_bytes: AtomicU64,
     /// Bytes that guests' writes brought to the target.
     synchronous_bytes: AtomicU64,
+    /// Somebody watches a range.
+    watching: AtomicBool,
+    watched: Mutex<Option<Watched>>,
+    /// One at a time.
+    watcher: Mutex<()>,
+}
+
+struct Watched {
+    range: ByteRange,
+    touched: bool,
+}
+
+/// Notices guests' changes to one range, while it lives.
+#[must_use = "nothing is watched once it is dropped"]
+pub struct Watch<'a> {
+    tracking: &'a Tracking,
+    _one: MutexGuard<'a, ()>,
+}
+
+impl Watch<'_> {
+    /// True if a guest's change to the range has ended since the watch began. With the barrier raised: false, if none was under way since.
+    pub fn was_touched(&self) -> bool {
+        self.tracking.watched.lock().as_ref().is_some_and(|watched| watched.touched)
+    }
+}
+
+impl Drop for Watch<'_> {
+    fn drop(&mut self) {
+        self.tracking.watching.store(false, Ordering::SeqCst);
+        *self.tracking.watched.lock() = None;
+    }
 }
 
 impl fmt::Debug for Tracking {
@@ -68,7 +100,27 @@ impl Tracking {
             max_guest_delay,
             dirtied_bytes: AtomicU64::new(0),
             synchronous_bytes: AtomicU64::new(0),
+            watching: AtomicBool::new(false),
+            watched: Mutex::new(None),
+            watcher: Mutex::new(()),
         })
+    }
+
+    /// Watches `range` for guests' changes.
+    pub fn watch(&self, range: ByteRange) -> Watch<'_> {
+        let one = self.watcher.lock();
+        *self.watched.lock() = Some(Watched { range, touched: false });
+        self.watching.store(true, Ordering::SeqCst);
+        Watch { tracking: self, _one: one }
+    }
+
+    /// After the mark: whoever looked too early to see this change finds it dirty, or copied.
+    fn note_change(&self, range: ByteRange) {
+        if self.watching.load(Ordering::SeqCst) {
+            if let Some(watched) = &mut *self.watched.lock() {
+                watched.touched |= !watched.range.intersect(range).is_empty();
+            }
+        }
     }
 
     /// The map that changes are marked in.
@@ -109,7 +161,10 @@ impl Tracking {
         if change.range().is_empty() {
             return change.apply(source);
         }
-        if self.is_synchronous() { self.write_both(source, change) } else { self.write_source(source, change) }
+        let result =
+            if self.is_synchronous() { self.write_both(source, change) } else { self.write_source(source, change) };
+        self.note_change(change.range());
+        result
     }
 
     fn write_source(&self, source: &dyn Image, change: Change<'_>) -> Result<()> {

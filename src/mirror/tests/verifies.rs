@@ -83,6 +83,54 @@ fn what_is_dirty_or_not_marked_yet_is_no_difference() {
     assert_eq!(verify_all(&job).same_bytes, 4 << 20);
 }
 
+/// A target that stops answering in the middle of it keeps no guest.
+#[test]
+fn nothing_is_read_while_guests_are_held() {
+    let world = World::new();
+    let source = disk(4);
+    source.write_at(0, &vec![3; 1 << 20]).unwrap();
+    let volume = volume("disk", source);
+    let target = FaultyImage::new(MemoryImage::new("target", 4 << 20));
+    let options = MirrorOptions { copy_mode: CopyMode::Background, ..MirrorOptions::new("j", "target") };
+    let job = world.mirror(&volume, target.clone(), options);
+    wait_for("ready", || job.status() == JobStatus::Ready);
+    target.write_at(0, &[9]).unwrap();
+    let gate = Gate::new();
+    target.add(Fault::new(Operation::Read, Effect::Before(gate.clone())).after(1));
+    std::thread::scope(|scope| {
+        let verifier = scope.spawn(|| verify::step(&job, 0));
+        // Whether it is at the gate by now or not.
+        wait_for("the comparison", || verifier.is_finished() || gate.arrivals() > 0);
+        volume.write(2 << 20, &[7; 4096], false).unwrap();
+        gate.open();
+        assert_eq!(verifier.join().unwrap().unwrap().first_difference, Some(0));
+    });
+}
+
+#[test]
+fn after_a_cutover_nothing_is_called_a_difference() {
+    let world = World::new();
+    let (volume, _target, job) = ready_job(&world, disk(4), CopyMode::Background);
+    let guest = Guest::start(&volume, 100, 512);
+    std::thread::scope(|scope| {
+        let verifier = scope.spawn(|| {
+            let mut from = 0;
+            loop {
+                match verify::step(&job, from) {
+                    Ok(step) => {
+                        assert_eq!(step.differing_bytes, 0, "{step:?}");
+                        from = step.next.unwrap_or(0);
+                    }
+                    Err(error) => return error.kind(),
+                }
+            }
+        });
+        world.cut_over(&[job.clone()]);
+        assert_eq!(verifier.join().unwrap(), ErrorKind::NotNow);
+    });
+    guest.stop();
+}
+
 #[test]
 fn before_it_is_ready_and_after_its_end_there_is_nothing_to_compare() {
     let world = World::new();

@@ -51,6 +51,10 @@ fn story(free: Option<u64>) -> Option<Story> {
     Some(Story { a, b, seed, table, mounted, xfs, _place: place })
 }
 
+fn text(path: &Path) -> &str {
+    path.to_str().expect("UTF-8")
+}
+
 fn available(path: &Path) -> u64 {
     let told = nix::sys::statvfs::statvfs(path).expect("statvfs");
     told.blocks_available() * told.fragment_size()
@@ -112,6 +116,30 @@ fn without_a_guest_it_takes_no_room() {
     assert_eq!(shared(&story.mounted), SIZE);
     let load = story.load();
     story.finish(load);
+}
+
+/// What one disk shares is room that the other one cannot have.
+#[test]
+fn two_disks_do_not_share_more_than_there_is_room_for() {
+    let Some(story) = story(None) else { return };
+    story.mounted.unmount();
+    let small = |name: &str| story.xfs.path.join(name);
+    let c = small("c.img");
+    run("cp", ["--reflink=never", text(&story.a), text(&c)]).ok();
+    File::open(&c).and_then(|file| file.sync_all()).expect("fsync");
+    let mounted = Mount::of(&story._place, [&story.a, &c]).start();
+    let [first, second] = ["a.img", "c.img"].map(|name| mounted.disk(name));
+    let filler = available(&story.xfs.path) - SIZE - SIZE / 2;
+    run("fallocate", ["-l", &filler.to_string(), text(&small("filler"))]).ok();
+    let shared = |at: usize| mounted.status()["volumes"][at]["mirror"]["shared_bytes"].as_u64().expect("a count");
+    mounted.verb_on(&first, "mirror", words(&story.b, &["--wait"])).ok();
+    mounted.verb_on(&second, "mirror", words(&small("d.img"), &["--wait"])).ok();
+    assert_eq!((shared(0), shared(1)), (SIZE, 0));
+    for disk in [&first, &second] {
+        mounted.verb_on::<&str>(disk, "cancel", []).ok();
+    }
+    mounted.unmount();
+    story.xfs.unmount();
 }
 
 #[test]

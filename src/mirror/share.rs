@@ -10,10 +10,13 @@
 //! - **Pieces are small.** The file system keeps the source's writers out while it shares a piece; how large the next one may be is told
 //!   by how long the last ones took.
 //! - **There is room.** A guest that overwrites a shared block needs another one (on a full file system: ENOSPC). So nothing is
-//!   shared unless all of it could be overwritten.
+//!   shared unless all of it could be overwritten, all that is shared by other mirrors there included. What others fill the file
+//!   system with is not ours to know.
 //! - **First pass only.** What guests write later has blocks of its own; copied into the target's own, it is not shared again and again.
 
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::collections::BTreeMap;
+use std::sync::{Mutex as StdMutex, PoisonError};
 use std::time::Duration;
 
 use super::job::{Job, Live};
@@ -35,6 +38,38 @@ const STRIDE_MAX_BYTES: u64 = 256 << 20;
 /// Requests to share end at a multiple of this: no file system has larger blocks.
 const BLOCK_BYTES: u64 = 64 << 10;
 
+/// What this process has shared, or is about to, on each file system (by device number). Never less: an image that was left still shares its
+/// blocks.
+static PROMISED: StdMutex<BTreeMap<u64, u64>> = StdMutex::new(BTreeMap::new());
+
+/// Part of [`PROMISED`]: what was not shared in the end is given back.
+#[derive(Debug)]
+struct Promise {
+    device: u64,
+    left_bytes: u64,
+}
+
+impl Promise {
+    /// `None`: guests could find the file system full.
+    fn new(device: u64, bytes: u64, room: u64) -> Option<Promise> {
+        let mut promised = PROMISED.lock().unwrap_or_else(PoisonError::into_inner);
+        let all = promised.entry(device).or_default();
+        if room < all.saturating_add(bytes) {
+            return None;
+        }
+        *all += bytes;
+        Some(Promise { device, left_bytes: bytes })
+    }
+}
+
+impl Drop for Promise {
+    fn drop(&mut self) {
+        let mut promised = PROMISED.lock().unwrap_or_else(PoisonError::into_inner);
+        let all = promised.entry(self.device).or_default();
+        *all = all.saturating_sub(self.left_bytes);
+    }
+}
+
 /// The sharing of one job.
 #[derive(Debug)]
 pub(super) struct Sharing {
@@ -46,8 +81,8 @@ pub(super) struct Sharing {
 
 #[derive(Debug)]
 struct Turn {
-    /// The room was looked at.
-    begun: bool,
+    /// Once the room was looked at.
+    promise: Option<Promise>,
     stride_bytes: u64,
 }
 
@@ -56,7 +91,7 @@ pub(super) struct MyTurn<'a>(MutexGuard<'a, Turn>);
 
 impl Sharing {
     pub(super) fn new(wanted: bool) -> Self {
-        let turn = Turn { begun: false, stride_bytes: STRIDE_FIRST_BYTES };
+        let turn = Turn { promise: None, stride_bytes: STRIDE_FIRST_BYTES };
         Sharing { off: AtomicBool::new(!wanted), shared_bytes: AtomicU64::new(0), turn: Mutex::new(turn) }
     }
 
@@ -76,7 +111,8 @@ impl Sharing {
         (!is_off()).then_some(MyTurn(turn))
     }
 
-    fn end(&self, job: &Job, why: &str) {
+    fn end(&self, job: &Job, turn: &mut Turn, why: &str) {
+        turn.promise = None;
         if !self.off.swap(true, Relaxed) {
             log::info!("job {}: {why}: the blocks of the source are copied", job.id());
         }
@@ -95,12 +131,14 @@ pub(super) fn share(job: &Job, live: &Live, claim: &mut Claim, turn: &mut MyTurn
         return None;
     }
     let room = live.target.image().room().map_or(0, |room| room.available_bytes);
-    if !turn.begun {
-        if room < live.source.allocated_bytes().unwrap_or(u64::MAX) {
-            sharing.end(job, "there is no room for two copies");
+    if turn.promise.is_none() {
+        let device = live.target.image().identity().map_or(0, |identity| identity.device);
+        let bytes = live.source.allocated_bytes().unwrap_or(u64::MAX);
+        turn.promise = Promise::new(device, bytes, room);
+        if turn.promise.is_none() {
+            sharing.end(job, turn, "there is no room for two copies");
             return None;
         }
-        turn.begun = true;
     }
     let end = (taken.start() + turn.stride_bytes).min(disk.end());
     claim.extend(end - end % BLOCK_BYTES);
@@ -109,7 +147,7 @@ pub(super) fn share(job: &Job, live: &Live, claim: &mut Claim, turn: &mut MyTurn
     let data_bytes = data_in(live, range);
     if room < sharing.shared_bytes() + data_bytes {
         claim.truncate(taken.end());
-        sharing.end(job, "the file system is full but for what is shared");
+        sharing.end(job, turn, "the file system is full but for what is shared");
         return None;
     }
     let begun = Instant::now();
@@ -122,6 +160,9 @@ pub(super) fn share(job: &Job, live: &Live, claim: &mut Claim, turn: &mut MyTurn
                     job.id()
                 );
             }
+            if let Some(promise) = &mut turn.promise {
+                promise.left_bytes = promise.left_bytes.saturating_sub(data_bytes);
+            }
             let took = begun.elapsed();
             let stride = match () {
                 () if held > HELD_MAX || took > CLAIMED_MAX => turn.stride_bytes / 2,
@@ -133,13 +174,13 @@ pub(super) fn share(job: &Job, live: &Live, claim: &mut Claim, turn: &mut MyTurn
         }
         Ok(CopyOffer::Declined) => {
             claim.truncate(taken.end());
-            sharing.end(job, "these two images cannot share");
+            sharing.end(job, turn, "these two images cannot share");
             None
         }
         Err(error) => {
             // What is wrong, copying meets too, and names it as its own.
             claim.truncate(taken.end());
-            sharing.end(job, &error.to_string());
+            sharing.end(job, turn, &error.to_string());
             None
         }
     }

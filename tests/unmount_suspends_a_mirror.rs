@@ -4,6 +4,7 @@
 mod common;
 
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
 use serde_json::{Value, json};
@@ -133,6 +134,42 @@ fn to_go_on_wherever_the_image_is_mounted() {
     assert!(copied(&mounted) >= before, "{before}, {}", mounted.job());
     assert_eq!(resumptions(&mounted.log(), "copied again"), [marked]);
     assert_eq!(marked_regions(&first_state), None, "there is one record of it");
+    mounted.unmount();
+    // Its target is away, so that only the source can tell the next mount where it is known.
+    let away = story.place.at("away.img");
+    fs::rename(&story.b, &away).expect("rename");
+    for name in ["third", "mnt"] {
+        let mounted = Mount::of(&story.place, [&story.a]).named(name).start();
+        mounted.wait_for("the missing target", |volumes| !volumes[0]["mirror"]["last_error"].is_null());
+        mounted.unmount();
+    }
+    fs::rename(&away, &story.b).expect("rename");
+    let mounted = Mount::of(&story.place, [&story.a]).named("fourth").start();
+    wait_going_on(&mounted);
+    story.finish(mounted);
+}
+
+/// A backup of the source has its attributes; the mirror stays with the source.
+#[test]
+fn not_to_go_on_with_a_copy_of_the_image() {
+    let story = Story::new();
+    let mounted = story.mount();
+    mounted.mirror(&story.b, &["--speed", "4M"]);
+    mounted.wait_for("some to be copied", |volumes| volumes[0]["mirror"]["copied_bytes"].as_u64() >= Some(6 * MIB));
+    mounted.unmount();
+    let copy = story.place.at("backup.img");
+    run("cp", ["-a".into(), story.a.clone().into_os_string(), copy.clone().into_os_string()]).ok();
+    let target = fs::read(&story.b).expect("read");
+    let other = Mount::of(&story.place, [&copy]).named("other").start();
+    assert!(other.job().is_null(), "{}", other.job());
+    let disk = fs::OpenOptions::new().write(true).open(other.first_disk()).expect("open");
+    disk.write_all_at(&[7; 512], 0).expect("a write");
+    drop(disk);
+    other.unmount();
+    assert!(fs::read(&story.b).expect("read") == target, "the target got the copy's bytes");
+    let mounted = story.mount();
+    wait_going_on(&mounted);
+    assert!(mounted.log().contains("copied again"), "{}", mounted.log());
     story.finish(mounted);
 }
 

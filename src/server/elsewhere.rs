@@ -1,23 +1,27 @@
 //! An unfinished mirror whose image is mounted at another place than before: the mount finds it, and goes on with it.
 //!
-//! The state belongs to a mountpoint. Where it lies is told by the pair's mark on the image; of an image that carries no marks, by
-//! the states of the same user.
+//! The state belongs to a mountpoint. Where it lies is told by the pair's mark on the image; where that leads nowhere, by the states
+//! of the same user.
 //!
 //! ```text
-//! intent log copied, durable -> our record names the mirror, durable -> mounted -> the other record forgets it
+//! intent log copied, durable -> our record names the mirror, durable -> mounted -> the other record forgets it -> guests come
 //!                                                                       not mounted: ours forgets it
 //! ```
 //!
 //! A crash in between leaves it in two records. The first that goes on raises the generation on the images; by the other one they are
-//! not trusted then, and everything is compared (rule 11). Nothing is taken from a state that is in use.
+//! not trusted then, and everything is compared (rule 11). Nothing is taken from a state that is in use. A copy of the image has its
+//! attributes, but not its mirror: it gets an id of its own.
 
 use std::path::{Path, PathBuf};
 
 use super::ledger::Ledger;
 use super::opening::{OpenedVolume, is_same, locked_descriptor};
 use crate::error::{Error, Result};
+use crate::image::{Format, OpenOptions, Role, open};
 use crate::state::paths::state_base;
 use crate::state::{Marks, MountState, Pulse, Store, VolumeState};
+use crate::sync::Arc;
+use crate::volume::Volume;
 
 /// The state of another mount, kept from everybody else while this lives.
 struct Elsewhere {
@@ -44,14 +48,18 @@ pub(super) fn take_over(opened: &mut [OpenedVolume], store: &Store, marks: &Mark
     let mut counts = store.pulse().unwrap_or_default();
     for one in opened.iter_mut().filter(|one| one.state.mirror.is_none()) {
         for directory in candidates(one, marks) {
-            let Some(found) = open(&mut known, &directory, store) else { continue };
+            let Some(found) = look(&mut known, &directory, store, one) else { continue };
             if !force {
                 found.refuse_target(one)?;
             }
-            match found.give(one, store) {
-                Ok(false) => continue,
-                Ok(true) => {
-                    let theirs = found.taken.last().and_then(|(name, _)| found.pulse.as_ref()?.volumes.get(name));
+            let Some(from) = found.mirror_of(one) else { continue };
+            if is_copy(&from, one) {
+                tell_apart(one, marks)?;
+                break;
+            }
+            match found.give(&from, one, store) {
+                Ok(()) => {
+                    let theirs = found.pulse.as_ref().and_then(|pulse| pulse.volumes.get(&from.name));
                     counts.volumes.extend(theirs.map(|counts| (one.state.name.clone(), *counts)));
                 }
                 Err(error) => log::error!("{error}; the unfinished mirror of {} stays behind", one.image.name()),
@@ -76,13 +84,21 @@ impl TakenOver {
         }
     }
 
-    /// Takes the mirrors out of the other records: ours is durable.
-    pub(super) fn forget_elsewhere(self) {
+    /// True if there is nothing.
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Takes the mirrors out of the other records: ours is durable. Before guests come: what they change is marked in our log only.
+    pub(super) fn forget_elsewhere(self, ledger: &Ledger, volumes: &[Arc<Volume>]) {
         for Elsewhere { store, mut state, taken, .. } in self.0 {
-            for (theirs, _) in &taken {
+            for (theirs, ours) in &taken {
                 if let Some(volume) = state.volume_mut(theirs) {
                     volume.mirror = None;
                     volume.mirror_target = None;
+                }
+                if let Some(volume) = volumes.iter().find(|volume| volume.name() == ours) {
+                    ledger.point_here(&*volume.active());
                 }
             }
             match store.save(&state) {
@@ -97,20 +113,24 @@ impl TakenOver {
     }
 }
 
-/// The states in which an unfinished mirror of the image may be recorded.
+/// The states in which an unfinished mirror of the image may be recorded, the likeliest first.
 fn candidates(one: &OpenedVolume, marks: &Marks) -> Vec<PathBuf> {
     let mark = locked_descriptor(&*one.image).and_then(|descriptor| marks.read_pair(descriptor).ok().flatten());
-    if let Some(mark) = mark {
-        return mark.state_dir.into_iter().collect();
-    }
+    let told = mark.and_then(|mark| mark.state_dir);
     let entries = state_base().ok().and_then(|base| std::fs::read_dir(base).ok());
-    let mut directories: Vec<_> = entries.into_iter().flatten().flatten().map(|entry| entry.path()).collect();
-    directories.sort();
-    directories
+    let mut others: Vec<_> = entries.into_iter().flatten().flatten().map(|entry| entry.path()).collect();
+    others.sort();
+    others.retain(|other| Some(other) != told.as_ref());
+    told.into_iter().chain(others).collect()
 }
 
-/// The state in `directory`, opened once, unless it is our own or in use.
-fn open<'a>(known: &'a mut Vec<Elsewhere>, directory: &Path, own: &Store) -> Option<&'a mut Elsewhere> {
+/// The state in `directory`, opened once, unless it is our own, in use, or knows nothing of the image.
+fn look<'a>(
+    known: &'a mut Vec<Elsewhere>,
+    directory: &Path,
+    own: &Store,
+    one: &OpenedVolume,
+) -> Option<&'a mut Elsewhere> {
     if let Some(at) = known.iter().position(|found| found.directory == directory) {
         return known.get_mut(at);
     }
@@ -120,13 +140,13 @@ fn open<'a>(known: &'a mut Vec<Elsewhere>, directory: &Path, own: &Store) -> Opt
     let owner = nix::unistd::geteuid().as_raw();
     let open = || -> Result<Option<Elsewhere>> {
         let Some(store) = Store::open_existing(directory, owner)? else { return Ok(None) };
-        let Some(state) = store.load()? else { return Ok(None) };
-        if state.volumes.iter().all(|volume| volume.mirror.is_none()) {
+        // Not claimed before it is known to concern us: its own server may be about to start.
+        if !store.load()?.is_some_and(|state| concerns(&state, one)) {
             return Ok(None);
         }
-        let store = store.claim()?;
+        let store = store.try_claim()?;
         // Again: it may have been in use until now.
-        let Some(state) = store.load()? else { return Ok(None) };
+        let Some(state) = store.load()?.filter(|state| concerns(state, one)) else { return Ok(None) };
         let pulse = store.pulse();
         Ok(Some(Elsewhere { directory: directory.to_owned(), store, state, pulse, taken: Vec::new() }))
     };
@@ -138,6 +158,42 @@ fn open<'a>(known: &'a mut Vec<Elsewhere>, directory: &Path, own: &Store) -> Opt
         }
     }
     known.last_mut()
+}
+
+/// True if the image is source or target of an unfinished mirror of that mount.
+fn concerns(state: &MountState, one: &OpenedVolume) -> bool {
+    let ours = &one.state.active_identity;
+    let is_one = |known: &VolumeState| {
+        known
+            .mirror
+            .as_ref()
+            .is_some_and(|mirror| is_same(&known.active_identity, ours) || is_same(&mirror.target_identity, ours))
+    };
+    state.volumes.iter().any(is_one)
+}
+
+/// True if the image that the mirror belongs to is still at its place, and is another file than this one with the same id.
+fn is_copy(from: &VolumeState, one: &OpenedVolume) -> bool {
+    let ours = &one.state.active_identity;
+    if ours.id.is_none() || one.image.name() == from.active {
+        return false;
+    }
+    let options = OpenOptions { role: Role::Observer, format: Some(Format::Raw), ..OpenOptions::default() };
+    let original = open(Path::new(&from.active), &options).and_then(|image| image.identity());
+    original
+        .is_ok_and(|original| original.id == ours.id && (original.device, original.inode) != (ours.device, ours.inode))
+}
+
+/// Gives a copy an id of its own, and takes from it what it says of a pair.
+fn tell_apart(one: &mut OpenedVolume, marks: &Marks) -> Result<()> {
+    let Some(descriptor) = locked_descriptor(&*one.image) else { return Ok(()) };
+    log::info!("{}: a copy of the source of an unfinished mirror, which stays with its own image", one.image.name());
+    marks.clear_pair(descriptor)?;
+    if let Some(id) = marks.renew_id(descriptor)? {
+        one.state.id = id;
+    }
+    one.state.active_identity = one.image.identity()?;
+    Ok(())
 }
 
 impl Elsewhere {
@@ -155,14 +211,15 @@ impl Elsewhere {
         Err(Error::not_now(what).on(one.image.name()).advise(advice))
     }
 
-    /// Hands over the unfinished mirror of the image, if there is one. False: there is none.
-    fn give(&mut self, to: &mut OpenedVolume, store: &Store) -> Result<bool> {
-        let same = |identity| is_same(identity, &to.state.active_identity);
-        let Some(from) = self.state.volumes.iter().find(|known| known.mirror.is_some() && same(&known.active_identity))
-        else {
-            return Ok(false);
-        };
-        let Some(mut record) = from.mirror.clone() else { return Ok(false) };
+    /// What is known of the image, if it is the source of an unfinished mirror.
+    fn mirror_of(&self, one: &OpenedVolume) -> Option<VolumeState> {
+        let same = |known: &&VolumeState| is_same(&known.active_identity, &one.state.active_identity);
+        self.state.volumes.iter().filter(|known| known.mirror.is_some()).find(same).cloned()
+    }
+
+    /// Hands over the unfinished mirror.
+    fn give(&mut self, from: &VolumeState, to: &mut OpenedVolume, store: &Store) -> Result<()> {
+        let Some(mut record) = from.mirror.clone() else { return Ok(()) };
         store.take_intent_log(&self.store, &record.job)?;
         // Dated by the pulse that goes with it.
         let pulse_ns = self.pulse.as_ref().map(|pulse| pulse.when_ns);
@@ -183,6 +240,6 @@ impl Elsewhere {
             state.superseded.clone_from(&from.superseded);
         }
         self.taken.push((from.name.clone(), state.name.clone()));
-        Ok(true)
+        Ok(())
     }
 }

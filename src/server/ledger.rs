@@ -3,13 +3,15 @@
 //! Whoever changes it holds `saving` until it is written; whoever only looks takes `state`, under which nothing is waited for: where the
 //! state's disk hangs, `status` answers and guests go on.
 
+use std::path::Path;
+
 use super::opening::locked_descriptor;
 use crate::error::{Error, Result};
 use crate::fuse::KeeperLink;
 use crate::image::{DescriptorRole, Image, sync_parent_directory};
 use crate::mirror::cutover::{CommitFailure, Committer, Ending, PreparedRecord, Switch};
 use crate::mirror::types::{LastMirror, MirrorResult};
-use crate::state::{CommitError, Mark, Marks, MountState, Prepared, Store, VolumeState};
+use crate::state::{CommitError, Mark, Marks, MountState, PairMark, Prepared, Store, VolumeState};
 use crate::sync::{Arc, Mutex, SystemTime};
 use crate::volume::Volume;
 
@@ -285,6 +287,21 @@ impl Ledger {
         match locked_descriptor(image) {
             Some(descriptor) => self.marks.clear(descriptor, &image.identity()?),
             None => Ok(()),
+        }
+    }
+
+    /// Makes the pair's mark on an image tell that its mirror is known here.
+    pub(super) fn point_here(&self, image: &dyn Image) {
+        let Some(descriptor) = locked_descriptor(image) else { return };
+        let pointed = self.marks.read_pair(descriptor).and_then(|mark| match mark {
+            Some(mark) => {
+                let state_dir = self.store.path().parent().map(Path::to_owned);
+                self.marks.write_pair(descriptor, &PairMark { state_dir, ..mark }).map(drop)
+            }
+            None => Ok(()),
+        });
+        if let Err(error) = pointed {
+            log::warn!("{error}");
         }
     }
 

@@ -64,13 +64,16 @@ fn serve(link: &Arc<KeeperLink>) -> Result<()> {
         targets.push(one.parked_target.take());
         volumes.push(volume(&config, one));
     }
+    let brought_mirrors = !taken_over.is_empty();
     let mut taken_over = first.then_some(taken_over);
     let begun = Begun { may_leave, taken_over: &mut taken_over, phases };
     let result = run(link, &config, ledger.clone(), volumes, targets, begun);
+    // A mirror that is known here only now must not be forgotten with a mount that fails late.
+    let keeps_mirrors = brought_mirrors && taken_over.is_none();
     if let Some(taken_over) = taken_over {
         taken_over.give_back(&ledger);
     }
-    if result.is_err() && new_state {
+    if result.is_err() && new_state && !keeps_mirrors {
         // Nothing was ever mounted there: no trace stays.
         let _ = Store::open_existing(&config.state_dir, nix::unistd::geteuid().as_raw())
             .map(|store| store.map(|store| store.remove()));
@@ -267,6 +270,9 @@ fn run(
     phases.end("connected");
     let disks = Disks { layout: config.layout, volumes: volumes.clone() };
     let may_leave = may_leave && connection.negotiated.has_resend();
+    if let Some(taken_over) = taken_over.take() {
+        taken_over.forget_elsewhere(&server.ledger, &volumes);
+    }
     let session = ServingSession::start(connection, disks, threads())?;
     phases.end("serving");
     log::debug!("started in {phases}");
@@ -276,9 +282,6 @@ fn run(
     link.watch(move || publish(&published));
     link.serving(&server.disks())?;
     log::info!("serving {}", config.mountpoint.display());
-    if let Some(taken_over) = taken_over.take() {
-        taken_over.forget_elsewhere();
-    }
     if !config.read_only {
         volumes.iter().for_each(|volume| server.ledger.renew_marks(volume));
         server.go_on()?;

@@ -44,7 +44,7 @@ impl Life {
         }
         let server = Server::new(config.clone(), volumes, ledger, Departure::new(link));
         server.find_unfinished(targets, first);
-        taken_over.forget_elsewhere();
+        taken_over.forget_elsewhere(&server.ledger, &server.volumes);
         Ok(Life(server))
     }
 

@@ -10,11 +10,12 @@
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::fcntl::Flock;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::sync::{Arc, Mutex};
+use crate::sync::{Arc, Instant, Mutex, thread};
 
 use super::envelope::Kind;
 use super::files::{Directory, Staged};
@@ -26,6 +27,9 @@ pub use super::files::CommitError;
 /// The name of the record in the state directory.
 pub const FILE_NAME: &str = "mount.state";
 const KIND: Kind = Kind { name: "mount-state", version: 1 };
+/// How long another server may keep a state that is not its own.
+const CLAIM_PATIENCE: Duration = Duration::from_secs(1);
+const CLAIM_RETRY: Duration = Duration::from_millis(10);
 const INTENT_PREFIX: &str = "intent-";
 
 /// The state of one mount on disk.
@@ -47,13 +51,36 @@ impl Store {
         Ok(Store { directory: Directory::create(directory)?, commits: Arc::new(Mutex::new(0)), claim: None })
     }
 
-    /// Keeps every other server from this state, for as long as this lives.
+    /// Keeps every other server from this state, for as long as this lives. Waits for a moment for one that only looks whether
+    /// something in it concerns it.
     ///
     /// # Errors
     /// `NotNow`: another server uses it.
-    pub fn claim(mut self) -> Result<Store> {
-        self.claim = self.directory.claim()?.map(Arc::new);
-        Ok(self)
+    pub fn claim(self) -> Result<Store> {
+        self.claim_within(CLAIM_PATIENCE)
+    }
+
+    /// [`Store::claim`] without waiting.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn try_claim(self) -> Result<Store> {
+        self.claim_within(Duration::ZERO)
+    }
+
+    fn claim_within(mut self, patience: Duration) -> Result<Store> {
+        let deadline = Instant::now() + patience;
+        loop {
+            match self.directory.claim() {
+                Err(error) if error.kind() == ErrorKind::NotNow && Instant::now() < deadline => {
+                    thread::sleep(CLAIM_RETRY);
+                }
+                claimed => {
+                    self.claim = claimed?.map(Arc::new);
+                    return Ok(self);
+                }
+            }
+        }
     }
 
     /// Opens the state directory of user `owner` to look at it. `None` if there is none; changes nothing.
@@ -126,7 +153,7 @@ impl Store {
         let name = format!("{INTENT_PREFIX}{job}");
         match other.directory.read(&name)? {
             Some(bytes) => Ok(self.directory.stage(&name, &bytes)?.commit()?),
-            None => Ok(()),
+            None => self.directory.remove(&name),
         }
     }
 

@@ -82,13 +82,13 @@ impl Qcow2Image {
         let host = taken.clusters.first * cluster;
         let filled = self.fill(covered, part, &data[..in_memory(part.len())], host, taken.zeroed);
         if let Err(error) = filled {
-            self.refcounts.untake(taken.clusters);
+            self.refcounts.untake(&self.host, taken.clusters);
             return Err(error);
         }
         let count = in_memory(taken.clusters.count);
         let old: Vec<u64> = (first..first + count).map(|index| table.get(index)).collect();
         let new: Vec<u64> = (0..taken.clusters.count).map(|index| entry::data(host + index * cluster)).collect();
-        table.set(&self.host, first, &new)?;
+        table.set(&self.host, first, &new).inspect_err(|_| self.untake_unreferenced(taken.clusters))?;
         self.give_up(&old)?;
         Ok(part)
     }
@@ -143,17 +143,26 @@ impl Qcow2Image {
             if old.is_some() || !taken.zeroed { self.host.sync() } else { Ok(()) }
         });
         if let Err(error) = written {
-            self.refcounts.untake(taken.clusters);
+            self.refcounts.untake(&self.host, taken.clusters);
             return Err(error);
         }
         self.tables.forget(offset);
-        self.tables.set_l1(&self.host, index, Tables::l1_pointer(offset))?;
+        let set = self.tables.set_l1(&self.host, index, Tables::l1_pointer(offset));
+        set.inspect_err(|_| self.untake_unreferenced(taken.clusters))?;
         if let Some((old, _)) = old {
             self.tables.forget(old.offset);
             self.refcounts.give_up(Clusters { first: old.offset / self.cluster_bytes(), count: 1 });
         }
         let made = self.tables.l2(&self.host, &self.header, index)?;
         made.map(|(table, _)| table).ok_or_else(|| damaged(self.name(), "an L2 table is gone"))
+    }
+
+    /// Gives back clusters after the reference to them could not be written.
+    fn untake_unreferenced(&self, clusters: Clusters) {
+        // A reference that was torn may be to them.
+        if self.host.is_sound() {
+            self.refcounts.untake(&self.host, clusters);
+        }
     }
 
     /// Gives up the clusters of L2 entries that are in no table any more.
@@ -303,7 +312,7 @@ impl Qcow2Image {
         let bytes: Vec<u8> = entries.iter().flat_map(|entry| entry.to_be_bytes()).collect();
         let written = self.host.write_new_metadata(offset, &bytes).and_then(|()| self.host.sync());
         if let Err(error) = written {
-            self.refcounts.untake(taken.clusters);
+            self.refcounts.untake(&self.host, taken.clusters);
             return Err(error);
         }
         Header::write_l1(&self.host, offset, u32::try_from(count).expect("bounded above"))?;
@@ -316,6 +325,6 @@ impl Qcow2Image {
     }
 
     pub(super) fn flush_file(&self) -> Result<()> {
-        if self.opened.writable { self.refcounts.sync(&self.host) } else { Ok(()) }
+        if self.opened.writable { self.refcounts.flush(&self.host) } else { Ok(()) }
     }
 }

@@ -369,11 +369,8 @@ impl Header {
         }
     }
 
-    /// The metadata at fixed places, which no cluster of data overlaps in a sound file.
-    pub(super) fn fixed_places(&self) -> [ByteRange; 2] {
-        [
-            ByteRange::new(0, self.cluster_bytes()),
-            ByteRange::new(self.refcount_table_offset, u64::from(self.refcount_table_clusters) << self.cluster_bits),
-        ]
+    /// The refcount table at the time of opening.
+    pub(super) fn refcount_table_place(&self) -> ByteRange {
+        ByteRange::new(self.refcount_table_offset, u64::from(self.refcount_table_clusters) << self.cluster_bits)
     }
 }

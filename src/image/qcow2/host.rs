@@ -16,8 +16,10 @@ use super::damaged;
 #[cfg(test)]
 use super::journal::Event;
 use super::sync_point::SyncPoint;
+use super::unsynced::Unsynced;
 use crate::error::{Error, ErrorKind, Result};
 use crate::range::ByteRange;
+use crate::sync::Mutex;
 use crate::sync::atomic::{AtomicBool, Ordering};
 
 /// The file grows in steps of this at least: all of it can then be written in whole blocks.
@@ -33,6 +35,8 @@ pub(super) struct Host {
     metadata: File,
     punch: Ability,
     syncs: SyncPoint,
+    /// Held while metadata is written.
+    unsynced: Mutex<Unsynced>,
     /// What is in the file is not known any more: nothing is written that builds on it.
     broken: AtomicBool,
 }
@@ -45,8 +49,14 @@ pub(super) fn in_memory(len: u64) -> usize {
 impl Host {
     pub(super) fn new(io: FileIo) -> Result<Self> {
         let metadata = io.buffered().map_err(|error| Error::io("cannot open", &error).on(io.name()))?;
-        let (punch, syncs, broken) = (Ability::default(), SyncPoint::default(), AtomicBool::new(false));
-        Ok(Host { io, metadata, punch, syncs, broken })
+        Ok(Host {
+            io,
+            metadata,
+            punch: Ability::default(),
+            syncs: SyncPoint::default(),
+            unsynced: Mutex::new(Unsynced::default()),
+            broken: AtomicBool::new(false),
+        })
     }
 
     pub(super) fn name(&self) -> &str {
@@ -140,6 +150,7 @@ impl Host {
     pub(super) fn punch(&self, range: ByteRange) -> Result<bool> {
         let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         let range = range.intersect(ByteRange::new(0, self.len_bytes()));
+        self.forget_metadata(range);
         #[cfg(test)]
         super::journal::note(|| Event::Zero(range));
         match self.io.change("discard", range, || self.punch.attempt_fallocate(self.io.file(), flags, range))? {
@@ -167,19 +178,66 @@ impl Host {
         Ok(bytes.chunks_exact(8).map(|bytes| u64::from_be_bytes(bytes.try_into().expect("eight bytes"))).collect())
     }
 
-    /// Writes metadata that is in use. If that fails, the image takes no more changes: what memory says and what the file says must
-    /// not differ. Its room was allocated before, a full file system is no reason for it.
+    /// Writes metadata that is in use. If that fails half-way, the image takes no more changes: what memory says and what the file says
+    /// must not differ. A file system that copies what is overwritten may be full; then nothing was changed, and it can be
+    /// tried again.
     pub(super) fn write_metadata(&self, offset: u64, bytes: &[u8]) -> Result<()> {
-        self.write_new_metadata(offset, bytes).inspect_err(|_| self.broken.store(true, Ordering::Release))
+        self.write_tables(offset, bytes, |error, written| {
+            if written > 0 || error.kind() != ErrorKind::NoSpace {
+                self.broken.store(true, Ordering::Release);
+            }
+        })
     }
 
     /// Writes metadata that nothing refers to yet.
     pub(super) fn write_new_metadata(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.write_tables(offset, bytes, |_, _| ())
+    }
+
+    /// `failed` gets the error and how much was written before it.
+    fn write_tables(&self, offset: u64, bytes: &[u8], failed: impl FnOnce(&Error, usize)) -> Result<()> {
         self.check_sound()?;
+        if self.unsynced.lock().is_full() {
+            self.sync()?;
+        }
+        let mut unsynced = self.unsynced.lock();
+        let mut written = 0;
+        let done = self.write_all(offset, bytes, &mut written);
+        match done {
+            Ok(()) => unsynced.keep(offset, bytes),
+            Err(ref error) => failed(error, written),
+        }
+        done
+    }
+
+    fn write_all(&self, offset: u64, bytes: &[u8], written: &mut usize) -> Result<()> {
         let range = ByteRange::new(offset, bytes.len() as u64);
+        let failed = |error: std::io::Error| self.io.failed("write metadata of", range, &error);
+        #[cfg(test)]
+        if let Some(errno) = super::journal::write_fails(bytes.len()) {
+            return Err(failed(std::io::Error::from_raw_os_error(errno)));
+        }
         #[cfg(test)]
         super::journal::note(|| Event::Write { offset, bytes: bytes.to_vec() });
-        self.metadata.write_all_at(bytes, offset).map_err(|error| self.io.failed("write metadata of", range, &error))
+        while *written < bytes.len() {
+            match self.metadata.write_at(&bytes[*written..], offset + *written as u64) {
+                Ok(0) => return Err(failed(std::io::ErrorKind::WriteZero.into())),
+                Ok(count) => *written += count,
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => (),
+                Err(error) => return Err(failed(error)),
+            }
+        }
+        Ok(())
+    }
+
+    /// No metadata in `range` is in use any more: it is not written again after a failed sync.
+    pub(super) fn forget_metadata(&self, range: ByteRange) {
+        self.unsynced.lock().forget(range);
+    }
+
+    /// False: the image takes no more changes, and it is not known what its metadata refers to.
+    pub(super) fn is_sound(&self) -> bool {
+        !self.broken.load(Ordering::Acquire)
     }
 
     /// Writes big-endian numbers.
@@ -190,14 +248,29 @@ impl Host {
 
     /// Makes durable what was written before the call.
     pub(super) fn sync(&self) -> Result<()> {
-        self.syncs.pass(|| self.io.flush())?;
+        self.syncs.pass(|| self.sync_now())
+    }
+
+    /// As `sync`; tells of syncs that failed since the last flush too.
+    pub(super) fn flush(&self) -> Result<()> {
+        self.syncs.flush(|| self.sync_now())
+    }
+
+    fn sync_now(&self) -> Result<()> {
+        let begun = self.unsynced.lock().begin(|offset, bytes| self.write_all(offset, bytes, &mut 0));
         #[cfg(test)]
-        super::journal::note(|| Event::Synced);
-        Ok(())
+        let begun = begun.and_then(|()| super::journal::sync_fails());
+        let done = begun.and_then(|()| self.io.flush());
+        self.unsynced.lock().end(done.is_ok());
+        #[cfg(test)]
+        if done.is_ok() {
+            super::journal::note(|| Event::Synced);
+        }
+        done
     }
 
     fn check_sound(&self) -> Result<()> {
-        if !self.broken.load(Ordering::Acquire) {
+        if self.is_sound() {
             return Ok(());
         }
         let what = "metadata could not be written before, nothing more is changed in";

@@ -1,8 +1,9 @@
 //! For tests: what was done to the file, in order, so that a part of it can be taken away, as a power cut does; and a place to stop a
-//! read at.
+//! read at, and syncs and writes of metadata that fail.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 
+use crate::error::{Error, ErrorKind, Result};
 use crate::range::ByteRange;
 
 /// A change of the file, or the point up to which all changes are durable.
@@ -54,4 +55,29 @@ pub(super) fn note(event: impl FnOnce() -> Event) {
             events.push(event());
         }
     });
+}
+
+thread_local! {
+    static SYNC_FAILS: Cell<bool> = const { Cell::new(false) };
+    static WRITE_FAILS: Cell<Option<(usize, i32)>> = const { Cell::new(None) };
+}
+
+/// The next sync that this thread runs fails.
+pub(in crate::image) fn fail_next_sync() {
+    SYNC_FAILS.set(true);
+}
+
+pub(super) fn sync_fails() -> Result<()> {
+    if SYNC_FAILS.replace(false) { Err(Error::new(ErrorKind::Failed, "a sync fails")) } else { Ok(()) }
+}
+
+/// The next write of metadata by this thread that is `len` bytes long fails with `errno`.
+pub(in crate::image) fn fail_next_write(len: usize, errno: i32) {
+    WRITE_FAILS.set(Some((len, errno)));
+}
+
+pub(super) fn write_fails(len: usize) -> Option<i32> {
+    let (_, errno) = WRITE_FAILS.get().filter(|(wanted, _)| *wanted == len)?;
+    WRITE_FAILS.set(None);
+    Some(errno)
 }

@@ -80,8 +80,8 @@ impl Qcow2Image {
     fn check_run(&self, run: Run) -> Result<()> {
         let Place::Data { host, .. } = run.place else { return Ok(()) };
         let there = ByteRange::new(host, run.range.len());
-        let [header, refcounts] = self.header.fixed_places();
-        if [header, refcounts, self.tables.l1_place()].iter().any(|place| place.overlaps(there)) {
+        let header = ByteRange::new(0, self.cluster_bytes());
+        if [header, self.refcounts.table_place(), self.tables.l1_place()].iter().any(|place| place.overlaps(there)) {
             return Err(damaged(self.host.name(), "data and metadata overlap").at(run.range));
         }
         Ok(())

@@ -32,6 +32,7 @@
 //! - whoever changes the mapping of a cluster holds its stripes exclusively, every other request holds them shared: no host
 //!   cluster is freed or given to somebody else under a request that found it;
 //! - locks in this order: stripes, L1, one L2 table, refcounts; nobody waits for a guest or for another image while holding the last three;
+//! - a sync that failed, whoever needed it, fails the next flush, and the metadata that it may have lost is written again;
 //! - only clusters with refcount 1 are written in place: internal snapshots stay as they are.
 //!
 //! Refused by name: encrypted, corrupt and (for writing) dirty files, external data files, zstd, extended L2 entries, features that are
@@ -52,6 +53,7 @@ mod refcounts;
 mod status;
 mod sync_point;
 mod tables;
+mod unsynced;
 
 pub(super) use self::chain::Chain;
 pub(super) use self::create::format;

@@ -20,7 +20,7 @@ use super::header::Header;
 use super::host::{Host, in_memory};
 use crate::error::{Error, ErrorKind, Result};
 use crate::range::ByteRange;
-use crate::sync::Mutex;
+use crate::sync::{Mutex, RwLock};
 
 /// The first reservation; each is twice the one before, up to the maximum.
 const RESERVE_BYTES_MIN: u64 = 16 << 20;
@@ -53,6 +53,8 @@ pub(super) struct Refcounts {
     cluster_bits: u32,
     width: Width,
     state: Mutex<State>,
+    /// Where the refcount table is now. Apart from the rest, which is held during syncs.
+    table_place: RwLock<ByteRange>,
 }
 
 #[derive(Debug)]
@@ -90,6 +92,7 @@ impl Refcounts {
             cluster_bits: header.cluster_bits,
             width: Width::new(header.refcount_order),
             state: Mutex::new(state),
+            table_place: RwLock::new(header.refcount_table_place()),
         })
     }
 
@@ -100,6 +103,16 @@ impl Refcounts {
     /// A refcount block counts so many clusters.
     fn per_block(&self) -> u64 {
         self.width.fit(self.cluster_bytes())
+    }
+
+    /// Where the refcount table is now: no cluster of data.
+    pub(super) fn table_place(&self) -> ByteRange {
+        *self.table_place.read()
+    }
+
+    fn table_clusters(&self, state: &State) -> Clusters {
+        let count = (state.table.len() as u64 * 8).div_ceil(self.cluster_bytes());
+        Clusters { first: state.table_offset >> self.cluster_bits, count }
     }
 
     fn place(&self, clusters: Clusters) -> ByteRange {
@@ -149,8 +162,9 @@ impl Refcounts {
     }
 
     /// Gives back what was taken and never referred to.
-    pub(super) fn untake(&self, clusters: Clusters) {
+    pub(super) fn untake(&self, host: &Host, clusters: Clusters) {
         if clusters.count > 0 {
+            host.forget_metadata(self.place(clusters));
             self.state.lock().reserved.push(Taken { clusters, zeroed: false });
         }
     }
@@ -170,8 +184,17 @@ impl Refcounts {
     /// # Errors
     /// Those of the sync. That a cluster cannot be freed is no error, it stays leaked.
     pub(super) fn sync(&self, host: &Host) -> Result<()> {
+        self.free_after(host, Host::sync)
+    }
+
+    /// As `sync`, for whoever asks that all acknowledged writes be durable.
+    pub(super) fn flush(&self, host: &Host) -> Result<()> {
+        self.free_after(host, Host::flush)
+    }
+
+    fn free_after(&self, host: &Host, sync: impl FnOnce(&Host) -> Result<()>) -> Result<()> {
         let given_up = std::mem::take(&mut self.state.lock().given_up);
-        host.sync()?;
+        sync(host)?;
         if given_up.is_empty() {
             return Ok(());
         }
@@ -238,13 +261,14 @@ impl Refcounts {
     /// Reserves free clusters of the block that the cursor is in, and moves the cursor past them.
     fn reserve_in_block(&self, host: &Host, state: &mut State, limit: u64) -> Result<Vec<Clusters>> {
         let per_block = self.per_block();
-        let index = state.cursor / per_block;
+        let from = state.cursor;
+        let index = from / per_block;
         self.ensure_block(host, state, index)?;
         let mut block =
             self.block(host, state, index)?.ok_or_else(|| damaged(host.name(), "a refcount block is gone"))?;
         let mut found: Vec<Clusters> = Vec::new();
         let mut left = limit;
-        let mut at = state.cursor % per_block;
+        let mut at = from % per_block;
         while at < per_block && left > 0 {
             if self.width.get(&block, at) == 0 {
                 self.width.set(&mut block, at, 1);
@@ -261,7 +285,9 @@ impl Refcounts {
             let bytes = self.width.bytes(first.first % per_block, last.first % per_block + last.count);
             host.write_metadata(state.table[in_memory(index)] + bytes.start as u64, &block[bytes])?;
         }
-        state.cursor = index * per_block + at;
+        // A block made on the way may have moved the table, and freed clusters before this one.
+        state.cursor =
+            if state.cursor == from { index * per_block + at } else { state.cursor.min(index * per_block + at) };
         Ok(found)
     }
 
@@ -284,7 +310,12 @@ impl Refcounts {
             }
             self.width.set(&mut block, within, 1);
             let bytes = self.width.bytes(within, within + 1);
-            host.write_metadata(state.table[in_memory(index)] + bytes.start as u64, &block[bytes])?;
+            let written = host.write_metadata(state.table[in_memory(index)] + bytes.start as u64, &block[bytes]);
+            if let Err(error) = written {
+                // For another try. Where that cannot be written either, they are leaked.
+                let _ = self.lower(host, state, Clusters { first, count: at - first });
+                return Err(error);
+            }
             at += 1;
         }
         let found = self.make_durable(host, &[Clusters { first, count }])?;
@@ -422,13 +453,12 @@ impl Refcounts {
         host.sync()?;
         let clusters = u32::try_from(table_clusters).expect("bounded above");
         Header::write_refcount_table(host, table_offset, clusters)?;
-        host.sync()?;
-        let old = Clusters {
-            first: state.table_offset >> self.cluster_bits,
-            count: (state.table.len() as u64).div_ceil(entries_per_cluster),
-        };
+        let old = self.table_clusters(state);
+        // The file names the new one from here on. If the sync fails the old one is leaked, because a power cut may bring it back.
         state.table = table;
         state.table_offset = table_offset;
+        *self.table_place.write() = self.place(self.table_clusters(state));
+        host.sync()?;
         self.lower(host, state, old)
     }
 }

@@ -7,6 +7,7 @@ mod opening;
 mod qcow2;
 mod qcow2_chains;
 mod qcow2_damage;
+mod qcow2_failures;
 mod qcow2_power_cut;
 mod sparse;
 

@@ -87,17 +87,23 @@ pub fn open(path: &Path, options: &OpenOptions) -> Result<Arc<dyn Image>> {
     if nbd::uri::is_uri(path) {
         return nbd::open(path, options);
     }
-    open_layer(path, options, &qcow2::Chain::default())
+    open_layer(path, None, options, &qcow2::Chain::default())
 }
 
-/// Opens an image beneath those of `chain`.
-pub(super) fn open_layer(path: &Path, options: &OpenOptions, chain: &qcow2::Chain) -> Result<Arc<dyn Image>> {
+/// Opens an image beneath those of `chain`. `found`: what is at `path`, opened by [`open_path_only`].
+pub(super) fn open_layer(
+    path: &Path,
+    found: Option<File>,
+    options: &OpenOptions,
+    chain: &qcow2::Chain,
+) -> Result<Arc<dyn Image>> {
     let path = std::path::absolute(path).map_err(|error| Error::io("cannot open", &error).on(display(path)))?;
     let name = display(&path);
     let failed = |error: io::Error| cannot_open(&name, &error);
-    let path_only = match &options.descriptor {
-        Some(parked) => open_path_only(&reopened(parked)),
-        None => open_path_only(&path),
+    let path_only = match (found, &options.descriptor) {
+        (Some(found), _) => Ok(found),
+        (None, Some(parked)) => open_path_only(&reopened(parked)),
+        (None, None) => open_path_only(&path),
     };
     let path_only = path_only.map_err(failed)?;
     let meta = path_only.metadata().map_err(failed)?;
@@ -285,11 +291,10 @@ fn display(path: &Path) -> String {
 }
 
 /// The name through which a descriptor's file can be opened again, whatever became of its path.
-fn reopened(descriptor: &impl AsRawFd) -> PathBuf {
+pub(super) fn reopened(descriptor: &impl AsRawFd) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", descriptor.as_raw_fd()))
 }
 
-/// Opens a name without opening what it names: no device is touched, no fifo is waited for.
 /// Names the image, and what is mostly behind such an error.
 fn cannot_open(name: &str, error: &io::Error) -> Error {
     let advice = match error.kind() {
@@ -303,7 +308,8 @@ fn cannot_open(name: &str, error: &io::Error) -> Error {
     Error::io("cannot open", error).on(name).advise(advice)
 }
 
-fn open_path_only(path: &Path) -> io::Result<File> {
+/// Opens a name without opening what it names: no device is touched, no fifo is waited for.
+pub(super) fn open_path_only(path: &Path) -> io::Result<File> {
     std::fs::OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path)
 }
 

@@ -2,17 +2,20 @@
 //!
 //! A file that comes from elsewhere must not make us read what its owner could not, nor for ever:
 //! - no layer comes twice, and there is a bound on their number;
-//! - a backing file that the owner of the file above may not read is refused (where that owner is neither we nor root);
+//! - a backing file that the owner of the file above may not read, or may not get to, is refused (where that owner is neither we nor
+//!   root). It is looked up once, and what was found is what is checked and opened: whoever puts a symbolic link there
+//!   meanwhile changes nothing. Mode, owner and group count, lists of access and further groups of the owner do not;
 //! - a format that is not told is taken from name and content, and where the two disagree nothing is guessed.
 //!
 //! Backing files are opened read-only, and locked as readers: others may read them meanwhile, nobody may write them.
 
+use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::header::Header;
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::open::{OpenOptions, Opened, Role, open_layer};
+use crate::image::open::{OpenOptions, Opened, Role, open_layer, open_path_only, reopened};
 use crate::image::{Format, Image, own_mount};
 use crate::sync::Arc;
 
@@ -26,6 +29,11 @@ pub(in crate::image) struct Chain {
 }
 
 impl Chain {
+    /// The layer that is being opened; the top one is 1.
+    pub(super) fn depth(&self) -> u64 {
+        self.above.len() as u64 + 1
+    }
+
     /// Opens what `header`, read from `opened`, names as its backing file.
     pub(super) fn open_backing(
         &self,
@@ -43,7 +51,8 @@ impl Chain {
         let own = opened.path_only.metadata().map_err(failed)?;
         let mut above = self.above.clone();
         above.push((own.dev(), own.ino()));
-        let there = std::fs::metadata(&path).map_err(|error| {
+        let found = open_path_only(&path).and_then(|found| Ok((found.metadata()?, found)));
+        let (there, found) = found.map_err(|error| {
             Error::io("cannot open the backing file", &error)
                 .on(path.display().to_string())
                 .advise(format!("{name} has '{written}' as its backing file, relative to its own directory"))
@@ -58,15 +67,18 @@ impl Chain {
                 .on(name)
                 .advise("commit some of them: qemu-img commit"));
         }
-        if !may_lead_to(&own, &there) {
+        // Where it is, after all links.
+        let place = std::fs::read_link(reopened(&found)).map_err(failed)?;
+        if !may_lead_to(&own, &there, &place) {
             let what = "its owner may not read the backing file that it names:";
-            return Err(Error::new(ErrorKind::Usage, what)
-                .on(name)
-                .advise(format!("if {} is right, let the image's owner read it", path.display())));
+            return Err(Error::new(ErrorKind::Usage, what).on(name).advise(format!(
+                "if {} is right, let the image's owner read it, and enter its directories",
+                path.display()
+            )));
         }
         let role = if options.role == Role::Observer { Role::Observer } else { Role::Backing };
         let options = OpenOptions { format, writable: false, role, descriptor: None, ..*options };
-        let image = open_layer(&path, &options, &Chain { above })?;
+        let image = open_layer(&path, Some(found), &options, &Chain { above })?;
         log::info!("{name}: its backing file is {} ({})", image.name(), image.format());
         Ok(Some(image))
     }
@@ -97,11 +109,16 @@ fn backing_path(above: &Path, written: &str) -> Result<PathBuf> {
     Ok(above.parent().unwrap_or(Path::new("/")).join(file))
 }
 
-/// True if whoever owns `above` could read `there` without our help, or is trusted.
-fn may_lead_to(above: &std::fs::Metadata, there: &std::fs::Metadata) -> bool {
+/// True if whoever owns `above` could read `there`, which is at `place`, without our help, or is trusted.
+fn may_lead_to(above: &Metadata, there: &Metadata, place: &Path) -> bool {
     let trusted = above.uid() == 0 || above.uid() == nix::unistd::geteuid().as_raw();
-    let readable = (there.uid() == above.uid() && there.mode() & 0o400 != 0)
-        || (there.gid() == above.gid() && there.mode() & 0o040 != 0)
-        || there.mode() & 0o004 != 0;
-    trusted || readable
+    let enters = |directory: &Path| std::fs::metadata(directory).is_ok_and(|meta| may(above, &meta, 0o1));
+    trusted || (may(above, there, 0o4) && place.ancestors().skip(1).all(enters))
+}
+
+/// True if the mode of `there` allows `what` (a bit for others) to owner or group of `above`.
+fn may(above: &Metadata, there: &Metadata, what: u32) -> bool {
+    (there.uid() == above.uid() && there.mode() & what << 6 != 0)
+        || (there.gid() == above.gid() && there.mode() & what << 3 != 0)
+        || there.mode() & what != 0
 }

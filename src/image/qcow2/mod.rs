@@ -105,7 +105,7 @@ impl Qcow2Image {
     pub(super) fn new(io: FileIo, opened: Opened, options: &OpenOptions, chain: &Chain) -> Result<Self> {
         let host = Host::new(io)?;
         let header = Header::read(&host, opened.writable)?;
-        let tables = Tables::read(&host, &header)?;
+        let tables = Tables::read(&host, &header, opened.writable, chain.depth())?;
         let refcounts = Refcounts::read(&host, &header, opened.writable)?;
         let backing = chain.open_backing(&opened, &header, options)?;
         if opened.writable {

@@ -14,9 +14,11 @@ use crate::range::ByteRange;
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::sync::{Arc, Mutex, OnceLock, RwLock};
 
-/// Memory for L2 tables: with clusters of 64 KiB they map 128 GiB of the disk.
+/// Memory for L2 tables, half of it for the second layer of a chain, a third for the third, and so on: with clusters of 64 KiB they map 128 GiB of the disk.
 const CACHE_BYTES: u64 = 16 << 20;
 const CACHED_TABLES_MIN: u64 = 8;
+/// ... and in a backing file.
+const CACHED_TABLES_MIN_BELOW: u64 = 2;
 
 /// The tables of one image.
 #[derive(Debug)]
@@ -85,12 +87,17 @@ impl L2 {
 }
 
 impl Tables {
-    pub(super) fn read(host: &Host, header: &Header) -> Result<Self> {
-        let entries = match header.l1_entries {
+    /// Reads the L1 table of the layer `depth` of a chain, the top one is 1. What is only read needs no more of it than the disk has: a
+    /// hostile file may claim a table of 32 MiB.
+    pub(super) fn read(host: &Host, header: &Header, writable: bool, depth: u64) -> Result<Self> {
+        let all = u64::from(header.l1_entries);
+        let needed = if writable { all } else { all.min(header.size_bytes.div_ceil(header.l2_span_bytes())) };
+        let entries = match needed {
             0 => Vec::new(),
-            count => host.read_numbers(header.l1_offset, in_memory(count.into()))?,
+            count => host.read_numbers(header.l1_offset, in_memory(count))?,
         };
-        let cached_max = in_memory((CACHE_BYTES >> header.cluster_bits).max(CACHED_TABLES_MIN));
+        let least = if depth == 1 { CACHED_TABLES_MIN } else { CACHED_TABLES_MIN_BELOW };
+        let cached_max = in_memory(((CACHE_BYTES / depth) >> header.cluster_bits).max(least));
         Ok(Tables {
             l1: RwLock::new(L1 { offset: header.l1_offset, entries }),
             l1_change: Mutex::new(()),

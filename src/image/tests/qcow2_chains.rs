@@ -207,5 +207,9 @@ fn an_image_does_not_lead_to_what_its_owner_may_not_read() {
     let error = refused(&at("top.qcow2"));
     assert!(error.to_string().contains("its owner may not read"), "{error}");
     std::fs::set_permissions(at("secret"), PermissionsExt::from_mode(0o644)).unwrap();
+    std::fs::set_permissions(directory.path(), PermissionsExt::from_mode(0o700)).unwrap();
+    let error = refused(&at("top.qcow2"));
+    assert!(error.to_string().contains("its owner may not read"), "it may not enter the directory: {error}");
+    std::fs::set_permissions(directory.path(), PermissionsExt::from_mode(0o711)).unwrap();
     open(&at("top.qcow2"), &OpenOptions::default()).unwrap();
 }

@@ -108,8 +108,11 @@ impl Host {
         }
     }
 
-    /// Cuts the file's end off, or nothing if `len_bytes` is more than it has.
+    /// Cuts the file's end off, or nothing if `len_bytes` is more than it has. With direct I/O whole steps stay, as the next opening needs
+    /// them: it must not change the file before it is seen that nobody else did.
     pub(super) fn cut_to(&self, len_bytes: u64) -> Result<()> {
+        let direct = self.io.request_alignment() > 1;
+        let len_bytes = if direct { len_bytes.next_multiple_of(STEP_BYTES) } else { len_bytes };
         if len_bytes >= self.io.size_bytes() {
             return Ok(());
         }

@@ -171,6 +171,11 @@ fn direct_io_serves_the_same_disk() {
         drop(image);
         check_file(&path, false);
         compare(&path, &model);
+        let closed = std::fs::metadata(&path).unwrap();
+        drop(open_qcow2(&path, CacheMode::None));
+        let opened = std::fs::metadata(&path).unwrap();
+        assert_eq!(closed.len(), opened.len(), "opening it changes nothing");
+        assert_eq!(closed.modified().unwrap(), opened.modified().unwrap(), "opening it changes nothing");
 
         new_file(&path, "cluster_size=512", 1 << 20).unwrap();
         let error = open(&path, &options(CacheMode::None)).unwrap_err();

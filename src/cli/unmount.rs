@@ -13,12 +13,14 @@ use super::units;
 use crate::control::backend::MountStatus;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::mount::{How, Point};
-use crate::fuse::{holders, mountpoint};
+use crate::fuse::{holders, lingering, mountpoint};
 
 /// How long the processes may take to end after the unmount.
 const FAREWELL: Duration = Duration::from_secs(60);
 /// How long they may take after `--abort`.
 const SHORT_FAREWELL: Duration = Duration::from_secs(5);
+/// How long a process that ends by itself may wait for the kernel to let go of its requests, before that is told.
+const LINGERS: Duration = Duration::from_secs(3);
 /// How long a server may take to answer to `--abort`.
 const IMPATIENCE: Duration = Duration::from_secs(5);
 
@@ -121,7 +123,21 @@ pub fn unmount(found: &Found, abort: bool) -> Result<()> {
     };
     let patience = if abort { SHORT_FAREWELL } else { FAREWELL };
     let deadline = Instant::now() + patience;
+    let mut lingers_since = None;
     while found.is_mounted() || pids.iter().any(|pid| is_alive(*pid)) {
+        let lingering = pids.iter().find_map(|pid| Some((pid, lingering::look(*pid)?)));
+        if let Some((pid, left)) = lingering.filter(|_| !found.is_mounted()) {
+            if lingers_since.get_or_insert_with(Instant::now).elapsed() >= LINGERS {
+                let text = format!(
+                    "unmounted, and all that could be saved is; but process {pid} has not ended, since {left}:"
+                );
+                return Err(Error::new(ErrorKind::Failed, text).on(found.mountpoint().display().to_string()).advise(
+                    "until then its images stay in use; the next mount there goes on with what is unfinished",
+                ));
+            }
+        } else {
+            lingers_since = None;
+        }
         if Instant::now() > deadline {
             let left: Vec<String> = pids.iter().filter(|pid| is_alive(**pid)).map(u32::to_string).collect();
             let text = format!("unmounted, but not all has ended within {patience:?} (process {}):", left.join(", "));

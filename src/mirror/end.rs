@@ -9,8 +9,8 @@ use super::types::{JobEvent, JobStatus, LastMirror, MirrorResult};
 use crate::image::Image;
 use crate::sync::{Arc, Instant, SystemTime, thread, wait_until};
 
-/// How long the end of a job waits for its copiers. One that hangs in the target's store is left behind: it keeps its range,
-/// its buffer and the target's lock until it returns (rule 14).
+/// How long the end of a job waits for its copiers and for what guests gave up on. A request that hangs in the target's store is left
+/// behind: it keeps its range, its buffer and the target's lock until it returns (rule 14).
 const PATIENCE: Duration = Duration::from_secs(3);
 
 /// How long guests may be held while one of their writes does not return.
@@ -21,7 +21,8 @@ pub(super) fn conclude(job: &Arc<Job>, live: Live, verdict: Verdict) {
     walk_to(job, if good { JobStatus::Pending } else { JobStatus::Aborting });
     job.stopping.store(true, SeqCst);
     job.wake();
-    let hung = wait_for_threads(job);
+    let deadline = Instant::now() + PATIENCE;
+    let hung = wait_for_threads(job, deadline);
     if hung > 0 && !good {
         // A network image ends them now; others cannot, and then they keep what they have until they return (rule 14).
         live.target.image().give_up();
@@ -49,7 +50,15 @@ pub(super) fn conclude(job: &Arc<Job>, live: Live, verdict: Verdict) {
             thread::sleep(BARRIER_PATIENCE);
         }
     }
-    live.tracking.queue().close();
+    let queue = live.tracking.queue();
+    queue.close();
+    // What guests gave up on is under way there.
+    let given_up = queue.wait_returned(deadline);
+    if given_up > 0 && !good {
+        live.target.image().give_up();
+    }
+    let hung = hung + given_up;
+    job.hung.store(hung > 0, SeqCst);
     let info = job.picture(&live);
     let progress = job.progress();
     let target = live.target.image().clone();
@@ -107,8 +116,7 @@ fn walk_to(job: &Job, last: JobStatus) {
 }
 
 /// Waits for scanner and copiers, within bounds; returns how many are left.
-fn wait_for_threads(job: &Job) -> usize {
-    let deadline = Instant::now() + PATIENCE;
+fn wait_for_threads(job: &Job, deadline: Instant) -> usize {
     let mut state = job.state.lock();
     while state.threads > 0 && wait_until(&job.changed, &mut state, Some(deadline)) {}
     state.threads

@@ -45,6 +45,8 @@ pub struct Job {
     pub(super) changed: Condvar,
     /// The images, while the job uses them. Taken out at its end, so that their locks are released.
     pub(super) live: Mutex<Option<Live>>,
+    /// It ended while requests of its own had not returned.
+    pub(super) hung: AtomicBool,
     /// Scanner and copiers end.
     pub(super) stopping: AtomicBool,
     /// Copiers take no new claims: paused, or backing off after an error.
@@ -286,6 +288,11 @@ impl Job {
             }
         }
         true
+    }
+
+    /// Of a job that has ended: requests of it have not returned. What it used hangs, and they may still land there.
+    pub fn left_requests(&self) -> bool {
+        self.hung.load(SeqCst)
     }
 
     pub(super) fn copied(&self) -> u64 {

@@ -123,6 +123,7 @@ pub fn start(options: MirrorOptions, setting: Setting, register: impl FnOnce(&Ar
         state: Mutex::new(state),
         changed: Condvar::new(),
         live: Mutex::new(None),
+        hung: AtomicBool::new(false),
         stopping: AtomicBool::new(false),
         holding: AtomicBool::new(resumed.is_some_and(|resumed| resumed.paused)),
         frozen: AtomicBool::new(false),

@@ -206,7 +206,7 @@ impl Server {
     pub(super) fn suspend_jobs(&self) {
         for left in self.unfinished.lock().clone() {
             left.leave();
-            self.ledger.leave(&left.volume, None);
+            self.ledger.leave(&left.volume, None, JOB_PATIENCE);
         }
         for job in self.jobs.all().iter().filter(|job| !has_ended(job.status())) {
             let deadline = Instant::now() + JOB_PATIENCE;
@@ -218,8 +218,11 @@ impl Server {
             log::info!("job {}: suspended with the mount, the next one goes on with it", job.id());
             job.suspend();
             // A target that does not answer any more is left as after a crash.
-            let ended = job.wait_ended(Some(deadline));
-            self.ledger.leave(job.volume(), target.as_deref().filter(|_| ended));
+            let answers = job.wait_ended(Some(deadline)) && !job.left_requests();
+            if !answers {
+                log::warn!("job {}: left as after a crash, as its target does not answer", job.id());
+            }
+            self.ledger.leave(job.volume(), target.filter(|_| answers), JOB_PATIENCE);
         }
     }
 

@@ -165,17 +165,15 @@ impl Ledger {
         locked_descriptor(image).map_or(Ok(false), |descriptor| self.marks.write_pair(descriptor, mark))
     }
 
-    /// Writes down how an unfinished mirror is left: flushed, and untouched from now on. Without `target` it was never used.
-    pub(super) fn leave(&self, volume: &Volume, target: Option<&dyn Image>) {
-        let source = volume.active();
+    /// Writes down how an unfinished mirror is left: flushed, and untouched from now on. Without `target`, that one was never used, or is
+    /// left as after a crash. One that does not answer within `patience` is not waited for, and the pair not recorded as cleanly left.
+    pub(super) fn leave(self: &Arc<Self>, volume: &Arc<Volume>, target: Option<Arc<dyn Image>>, patience: Duration) {
         let left = || -> Result<()> {
-            if let Some(target) = target {
-                self.raise(volume.name(), &*source, target)?;
-                target.flush()?;
-            }
+            let target_stamp = target.map(|target| self.leave_target(volume, target, patience)).transpose()?;
+            let source = volume.active();
             source.flush()?;
             let source_stamp = stamp_of(&*source)?;
-            let target_stamp = target.map(stamp_of).transpose()?;
+            // Here only: who is late records nothing.
             self.change_mirror(volume.name(), |record| {
                 record.source_stamp = source_stamp;
                 if let Some(stamp) = target_stamp {
@@ -186,6 +184,32 @@ impl Ledger {
         if let Err(error) = left() {
             log::error!("{error}; the mirror of {} will be checked when it goes on", volume.name());
         }
+    }
+
+    /// Raises the pair and flushes the target; what it looks like then. On a thread of its own: a target that hangs keeps that thread, and
+    /// what it raises late is still a pair in use.
+    fn leave_target(
+        self: &Arc<Self>,
+        volume: &Arc<Volume>,
+        target: Arc<dyn Image>,
+        patience: Duration,
+    ) -> Result<Stamp> {
+        let (sender, receiver) = mpsc::channel();
+        let name = target.name().to_owned();
+        let (ledger, volume) = (self.clone(), volume.clone());
+        let leave = move || {
+            let stamp = ledger.raise(volume.name(), &*volume.active(), &*target).and_then(|()| {
+                target.flush()?;
+                stamp_of(&*target)
+            });
+            // It may be the last to use it.
+            drop(target);
+            _ = sender.send(stamp);
+        };
+        let failed = |error: std::io::Error| Error::io("cannot start a thread", &error);
+        thread::Builder::new().name("leave".into()).spawn(leave).map_err(failed)?;
+        let late = || Error::not_now("the target of the mirror does not answer:").on(name);
+        receiver.recv_timeout(patience).unwrap_or_else(|_| Err(late()))
     }
 
     /// Destroys the pairing, durably, by whichever means works (rule 11): the record, or either image's mark.

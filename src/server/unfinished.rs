@@ -159,7 +159,7 @@ impl Unfinished {
         if let Some(descriptor) = locked_descriptor(&*target) {
             // What follows may fail after the keeper has it: then it is the keeper's locks that are in the way.
             let kept = descriptor.try_clone_to_owned();
-            self.state.lock().parked = kept.ok();
+            self.keep_parked(kept.ok());
         }
         if trusted && record.compare.is_some() {
             self.intent.mark_durably(ByteRange::new(0, record.size_bytes));
@@ -181,10 +181,15 @@ impl Unfinished {
         server.ledger.raise(self.volume.name(), &*self.volume.active(), &*target)?;
         self.untie.know(&target);
         server.resume_job(self, target, &record)?;
-        let mut state = self.state.lock();
-        state.over = true;
-        state.parked = None;
+        self.state.lock().over = true;
+        self.keep_parked(None);
         Ok(())
+    }
+
+    /// Closing one may wait for a target that does not answer: nobody else waits for that.
+    fn keep_parked(&self, descriptor: Option<OwnedFd>) {
+        let before = std::mem::replace(&mut self.state.lock().parked, descriptor);
+        drop(before);
     }
 
     pub(super) fn intent(&self) -> &Arc<IntentLog> {
@@ -222,7 +227,7 @@ impl Unfinished {
             thread::sleep(BARRIER_PATIENCE);
         }
         self.leave();
-        self.state.lock().parked = None;
+        self.keep_parked(None);
         self.intent.close();
     }
 

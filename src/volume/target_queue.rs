@@ -24,6 +24,8 @@ pub struct TargetQueue {
     map: Arc<DirtyMap>,
     state: Mutex<State>,
     work: Condvar,
+    /// A thread has ended.
+    left: Condvar,
 }
 
 #[derive(Debug, Default)]
@@ -75,7 +77,7 @@ pub type Answer = (Result<()>, Option<Hold>);
 impl TargetQueue {
     /// A queue in front of `target`; `map` gets the ranges of a failed flush.
     pub fn new(target: Arc<Target>, map: Arc<DirtyMap>) -> Arc<Self> {
-        Arc::new(TargetQueue { target, map, state: Mutex::default(), work: Condvar::new() })
+        Arc::new(TargetQueue { target, map, state: Mutex::default(), work: Condvar::new(), left: Condvar::new() })
     }
 
     /// Queues `change`. `hold` covers its range. Gives the hold back when the queue is full or closed.
@@ -124,12 +126,20 @@ impl TargetQueue {
         self.work.notify_all();
     }
 
+    /// Waits until everything that was taken has returned, once the queue is closed. How many requests have not at `deadline`.
+    pub fn wait_returned(&self, deadline: Instant) -> usize {
+        let mut state = self.state.lock();
+        while state.workers > 0 && wait_until(&self.left, &mut state, Some(deadline)) {}
+        state.workers + state.waiting.len()
+    }
+
     fn work(&self) {
         let mut state = self.state.lock();
         loop {
             let Some(request) = state.waiting.pop_front() else {
                 if state.closed {
                     state.workers -= 1;
+                    self.left.notify_all();
                     return;
                 }
                 state.idle += 1;

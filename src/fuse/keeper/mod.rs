@@ -95,6 +95,8 @@ struct Keeper<'a> {
     service: Option<Service>,
     /// The mount stays, with the service manager, and this keeper goes.
     leaving: bool,
+    /// When to look what keeps the server that leaves.
+    look_at: Option<Instant>,
 }
 
 /// Verb [`crate::fuse::VERB_KEEPER`].
@@ -186,6 +188,7 @@ impl<'a> Keeper<'a> {
             upgrade: None,
             service: None,
             leaving: false,
+            look_at: None,
         })
     }
 
@@ -207,6 +210,7 @@ impl<'a> Keeper<'a> {
                 return Ok(());
             }
             self.see_to_upgrade();
+            self.look_what_lingers();
             if self.restart_at.is_some_and(|at| at <= Instant::now()) {
                 self.restart_at = None;
                 if let Err(error) = self.start_server() {
@@ -221,7 +225,7 @@ impl<'a> Keeper<'a> {
     fn wait(&self) -> [bool; 2] {
         let upgrade = self.upgrading.as_ref().and_then(Upgrading::deadline);
         let helper = self.helper.as_ref().and_then(|helper| helper.deadline);
-        let timeout = match [self.restart_at, upgrade, helper].into_iter().flatten().min() {
+        let timeout = match [self.restart_at, upgrade, helper, self.look_at].into_iter().flatten().min() {
             Some(at) => PollTimeout::try_from(at.saturating_duration_since(Instant::now()) + Duration::from_millis(1)),
             None => Ok(PollTimeout::NONE),
         };

@@ -10,15 +10,21 @@
 //! Without a store it only says when it is ready, and SIGTERM is like SIGINT. What a clean restart does is done for the next start's
 //! sake only: the store is up to date at each moment, so that any death is followed by the same start.
 
+use std::time::{Duration, Instant};
+
 use nix::sys::signal::Signal;
 
 use super::Keeper;
 use super::manager::{Manager, has_store};
 use super::store::Store;
+use crate::fuse::lingering;
 
 /// How long the manager may let a start take that goes on with a mount, in microseconds: one that waits for a slow image would not
 /// be faster if it were killed.
 const START_EXTENDED_BY_US: u64 = 24 * 3_600 * 1_000_000;
+
+/// How often a server that leaves is looked at.
+const LOOKS_EVERY: Duration = Duration::from_secs(1);
 
 /// See the module.
 pub(super) struct Service {
@@ -108,6 +114,23 @@ impl Keeper<'_> {
             // One that does not serve yet has answered nothing; it may hang on an image.
             let serves = server.serving_since.is_some();
             server.process.signal(if serves { Signal::SIGTERM } else { Signal::SIGKILL });
+        }
+        self.look_at = Some(Instant::now() + LOOKS_EVERY);
+    }
+
+    /// Tells what keeps a server that was left to: a request that hangs in the kernel, whose end the next server has to wait for as well.
+    pub(super) fn look_what_lingers(&mut self) {
+        if self.look_at.is_none_or(|at| at > Instant::now()) {
+            return;
+        }
+        self.look_at = Some(Instant::now() + LOOKS_EVERY);
+        let Some(server) = &self.server else { return };
+        let pid = server.process.pid;
+        if let Some(left) = lingering::look(pid) {
+            log::warn!(
+                "server {pid} has left, but {left}; the next one serves only after it: whoever uses the disks waits"
+            );
+            self.look_at = None;
         }
     }
 }

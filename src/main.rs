@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use livemirror::cli::{self, Cli};
 use livemirror::fuse;
+use livemirror::sys::process;
 
 fn main() -> ExitCode {
     let words: Vec<_> = std::env::args_os().skip(1).collect();
@@ -14,7 +15,8 @@ fn main() -> ExitCode {
     let level = if unattended { "info" } else { "error" };
     env_logger::Builder::from_env(env_logger::Env::new().filter_or("LIVEMIRROR_LOG", level)).init();
     if verb == fuse::VERB_SERVER {
-        return ExitCode::from(livemirror::server::main());
+        // Threads that hang in an image may be left; and a session, where it failed.
+        process::leave(livemirror::server::main());
     }
     if let Some(code) = words.get(1..).and_then(|arguments| fuse::run_internal_verb(verb, arguments)) {
         return ExitCode::from(code);

@@ -14,6 +14,7 @@ use crate::control::backend::Holder;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::mountinfo::MountTable;
 use crate::fuse::{KeeperLink, holders};
+use crate::sys::process;
 use crate::sync::{Arc, Condvar, Instant, Mutex, wait_until};
 
 /// How long the end of the mount waits for a mirror to leave a consistent copy.
@@ -155,8 +156,8 @@ fn leave(server: &Server) -> ! {
     server.suspend_jobs();
     server.heartbeat.end();
     server.flush_all();
-    // No reply is dropped on the way, as nothing is unwound.
-    std::process::exit(0)
+    // No reply is dropped on the way, as nothing is unwound; and sessions still serve, also with what a library would take down.
+    process::leave(0)
 }
 
 /// An aborted connection may live as long as this process does (an ordinary user has no other switch), so the process ends
@@ -168,7 +169,7 @@ fn leave_soon(server: &Server) {
         log::warn!("the session does not end after the abort: leaving");
         super::run::clean_up(&config, &volumes);
         let _ = std::fs::remove_file(&config.control);
-        std::process::exit(0);
+        process::leave(0);
     });
     if let Err(error) = spawned {
         log::error!("cannot watch the end of the session: {error}");

@@ -29,6 +29,13 @@ pub fn give_back_memory() {
     }
 }
 
+/// Ends this process at once, all threads together (_exit(2)). Nothing is unwound, and no library takes anything down that another thread
+/// still uses: neither destructors nor what was registered with atexit(3) runs, and nothing that is buffered is written.
+pub fn leave(code: u8) -> ! {
+    // SAFETY: takes an integer and does not return; the kernel ends every thread.
+    unsafe { libc::_exit(i32::from(code)) }
+}
+
 /// A descriptor of the process `pid` (close-on-exec): poll(2) says POLLIN once it has ended with all its threads, whoever
 /// its parent is.
 ///
@@ -55,4 +62,32 @@ pub fn signal(process: BorrowedFd<'_>, signal: libc::c_int) -> io::Result<()> {
     // since it is borrowed.
     let failed = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, process.as_raw_fd(), signal, no_info, 0) };
     if failed == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+#[cfg(all(test, not(shuttle)))]
+mod tests {
+    use std::process::Command;
+
+    /// Told by the environment to the process that leaves.
+    const LEAVES: &str = "LIVEMIRROR_TEST_LEAVES";
+
+    extern "C" fn at_exit() {
+        eprintln!("atexit has run");
+    }
+
+    #[test]
+    fn nothing_runs_after_it_was_left() {
+        if std::env::var_os(LEAVES).is_some() {
+            // SAFETY: the function takes nothing, returns nothing and lives as long as the program.
+            assert_eq!(unsafe { libc::atexit(at_exit) }, 0);
+            super::leave(7);
+        }
+        let own = std::env::current_exe().unwrap();
+        let name = concat!(module_path!(), "::nothing_runs_after_it_was_left");
+        let name = name.split_once("::").unwrap().1;
+        let done = Command::new(own).args(["--exact", name, "--nocapture"]).env(LEAVES, "1").output().unwrap();
+        let said = String::from_utf8_lossy(&done.stderr).into_owned();
+        assert_eq!(done.status.code(), Some(7), "{said}");
+        assert!(!said.contains("atexit has run"), "{said}");
+    }
 }

@@ -277,6 +277,42 @@ fn what_is_not_understood_is_named_and_a_living_mount_is_not_touched() {
     mounted.assert_gone();
 }
 
+/// SIGTERM is a restart only where the manager has what the next start needs. Else the mount ends as soon as it is idle: nobody would
+/// serve it.
+#[test]
+fn a_manager_that_has_nothing_is_left_nothing() {
+    let place = Place::on_disk();
+    let a = place.random("a.img", 1 << 20, 1);
+    // It takes messages from the process only that it has started.
+    let mount = Mount::of(&place, [&a]);
+    let mut manager = ServiceManager::wrapped(&place, &mount);
+    manager.start();
+    let mut mounted = manager.mounted(mount);
+    assert_eq!(manager.kept(), Vec::<String>::new());
+    assert_ne!(mounted.keeper_pid, manager.pid());
+    kill(Pid::from_raw(mounted.keeper_pid), Signal::SIGTERM).expect("kill");
+    assert_eq!(manager.wait(), Some(0), "{}", manager.log());
+    mounted.assert_gone();
+    drop(manager);
+
+    // It is gone when the last descriptors come; a guest is waited for.
+    let place = Place::on_disk();
+    let (a, b) = (place.random("a.img", 1 << 20, 1), place.at("b.img"));
+    let mount = Mount::of(&place, [&a]);
+    let mut manager = ServiceManager::of(&place, &mount);
+    manager.start();
+    let mut mounted = manager.mounted(mount);
+    manager.vanish();
+    mounted.mirror(&b, &["--speed", "1K"]);
+    let guest = Holder::of(&mounted.disk("a.img"));
+    manager.signal(Signal::SIGTERM);
+    wait::until("it to be told", || manager.log().contains("does not have what it is to keep"));
+    assert_eq!(fs::read(mounted.disk("a.img")).expect("read").len(), 1 << 20);
+    drop(guest);
+    assert_eq!(manager.wait(), Some(0), "{}", manager.log());
+    mounted.assert_gone();
+}
+
 /// A restart does not change how the disks are mounted, and says so.
 #[test]
 fn another_command_line_counts_after_a_stop() {

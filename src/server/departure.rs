@@ -14,8 +14,8 @@ use crate::control::backend::Holder;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::mountinfo::MountTable;
 use crate::fuse::{KeeperLink, holders};
-use crate::sys::process;
 use crate::sync::{Arc, Condvar, Instant, Mutex, wait_until};
+use crate::sys::process;
 
 /// How long the end of the mount waits for a mirror to leave a consistent copy.
 pub(super) const JOB_PATIENCE: Duration = Duration::from_secs(10);

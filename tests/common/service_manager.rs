@@ -51,6 +51,10 @@ pub struct ServiceManager {
     words: Vec<OsString>,
     state: Arc<Mutex<State>>,
     main: Option<Child>,
+    /// The process that is started is a shell, and the program its child.
+    is_wrapped: bool,
+    /// Nobody listens any more.
+    is_gone: bool,
 }
 
 impl ServiceManager {
@@ -63,7 +67,32 @@ impl ServiceManager {
         std::thread::spawn(move || while handle(&listener, &shared) {});
         let mut words = mount.words();
         words.push("--foreground".into());
-        ServiceManager { socket, log: place.at("service.log"), words, state, main: None }
+        ServiceManager {
+            socket,
+            log: place.at("service.log"),
+            words,
+            state,
+            main: None,
+            is_wrapped: false,
+            is_gone: false,
+        }
+    }
+
+    /// With a service whose program is started by a script that stays.
+    pub fn wrapped(place: &Place, mount: &Mount<'_>) -> Self {
+        let mut manager = ServiceManager::of(place, mount);
+        manager.is_wrapped = true;
+        manager
+    }
+
+    /// It dies, with its socket: nothing reaches it from now on.
+    #[track_caller]
+    pub fn vanish(&mut self) {
+        self.catch_up();
+        let own = UnixDatagram::unbound().expect("a socket");
+        own.send_to(b"X_END=1", &self.socket).expect("send");
+        wait::until("nobody to listen", || own.send_to(b"X_END=1", &self.socket).is_err());
+        self.is_gone = true;
     }
 
     /// `systemctl start`, of a service that comes up.
@@ -86,7 +115,11 @@ impl ServiceManager {
         (state.ready, state.status) = (false, String::new());
         let names: Vec<&str> = state.store.iter().map(|kept| kept.name.as_str()).collect();
         let mut service = Command::new("sh");
-        service.args(["-c", "export LISTEN_PID=$$ && exec \"$@\"", "sh", command::binary()]).args(&self.words);
+        let script = match self.is_wrapped {
+            true => "export LISTEN_PID=$$ SYSTEMD_EXEC_PID=$$; \"$@\"; exit $?",
+            false => "export LISTEN_PID=$$ SYSTEMD_EXEC_PID=$$ && exec \"$@\"",
+        };
+        service.args(["-c", script, "sh", command::binary()]).args(&self.words);
         service.env("NOTIFY_SOCKET", &self.socket).env("FDSTORE", "64").current_dir("/");
         service.env("LISTEN_FDS", names.len().to_string()).env("LISTEN_FDNAMES", names.join(":"));
         let log = File::options().create(true).append(true).open(&self.log).expect("a log");
@@ -196,6 +229,9 @@ impl ServiceManager {
     /// All that was sent so far is handled.
     #[track_caller]
     fn catch_up(&self) {
+        if self.is_gone {
+            return;
+        }
         let handled = || self.state.lock().expect("state").handled;
         let before = handled();
         let own = UnixDatagram::unbound().expect("a socket");

@@ -3,7 +3,9 @@
 //! Every message is one datagram to the socket that NOTIFY_SOCKET names; nothing is ever answered. The manager handles them in
 //! order, and all of them before it hears of the sender's end: what was sent is as good as kept.
 //!
-//! Whether there is a store is said by FDSTORE: systemd 254 and later sets it, the unit file does for those before.
+//! Whether there is a store is said by FDSTORE: systemd 254 and later sets it, the unit file does for those before. It is this process's
+//! own only if the manager has started this very one (SYSTEMD_EXEC_PID, systemd 248): from the child of a script that it has started it takes
+//! no descriptors (NotifyAccess=main), and gives it none.
 
 use std::cell::Cell;
 use std::io::IoSlice;
@@ -31,7 +33,20 @@ pub(super) struct Manager {
 
 /// True if the service manager says that it keeps descriptors for this service.
 pub(super) fn has_store() -> bool {
-    std::env::var("FDSTORE").is_ok_and(|count| count.trim().parse().is_ok_and(|count: u32| count > 0))
+    let number = |name: &str| std::env::var(name).ok().map(|text| text.trim().parse().unwrap_or(0));
+    is_ours(number("FDSTORE"), number("SYSTEMD_EXEC_PID"), std::process::id())
+}
+
+/// Whether there is a store of `size` for the process `own`, where the manager has started the process `main`.
+fn is_ours(size: Option<u32>, main: Option<u32>, own: u32) -> bool {
+    let kept = size.is_some_and(|size| size > 0);
+    let started = main.is_none_or(|main| main == own);
+    if kept && !started {
+        log::warn!(
+            "the service manager has started another process than this one, {own}: nothing is given to it to keep"
+        );
+    }
+    kept && started
 }
 
 impl Manager {
@@ -47,11 +62,13 @@ impl Manager {
         }
     }
 
-    /// Tells it lines of the form `WORD=value`.
-    pub(super) fn tell(&self, lines: &str) {
-        if let Err(error) = self.send(lines, None) {
+    /// Tells it lines of the form `WORD=value`. False: they do not reach it.
+    pub(super) fn tell(&self, lines: &str) -> bool {
+        let told = self.send(lines, None);
+        if let Err(error) = &told {
             log::warn!("cannot tell the service manager {lines:?}: {error}");
         }
+        told.is_ok()
     }
 
     /// Gives it a duplicate of `descriptor` to keep under `name` (ASCII, no colon). It is not to watch it: the other end's end is no
@@ -104,6 +121,14 @@ impl Manager {
     }
 }
 
+#[cfg(test)]
+impl Manager {
+    /// One that listens at the other end of `socket`.
+    pub(super) fn of(socket: UnixDatagram) -> Manager {
+        Manager { socket, is_deaf: Cell::new(false) }
+    }
+}
+
 fn connect(name: &[u8]) -> std::io::Result<UnixDatagram> {
     use std::ffi::OsStr;
     use std::os::unix::ffi::OsStrExt;
@@ -116,4 +141,18 @@ fn connect(name: &[u8]) -> std::io::Result<UnixDatagram> {
     socket.connect_addr(&address)?;
     socket.set_write_timeout(Some(PATIENCE))?;
     Ok(socket)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_ours;
+
+    #[test]
+    fn a_store_is_that_of_the_process_that_was_started() {
+        assert!(is_ours(Some(64), Some(7), 7));
+        assert!(is_ours(Some(64), None, 7), "a manager that does not say");
+        assert!(!is_ours(Some(64), Some(6), 7), "a script has started it");
+        assert!(!is_ours(Some(0), Some(7), 7));
+        assert!(!is_ours(None, Some(7), 7));
+    }
 }

@@ -206,7 +206,7 @@ impl<'a> Keeper<'a> {
                 return Err(Error::new(ErrorKind::Failed, "the mount was given up: livemirror mount was interrupted"));
             }
             self.reap_helper()?;
-            if self.reap_server()? || (self.leaving && self.server.is_none()) {
+            if (self.reap_server()? || (self.leaving && self.server.is_none())) && !self.stays_instead() {
                 return Ok(());
             }
             self.see_to_upgrade();
@@ -264,8 +264,7 @@ impl<'a> Keeper<'a> {
         if self.leaving {
             return Ok(());
         }
-        if signal == Signal::SIGTERM && self.is_kept_by_manager() {
-            self.leave_to_manager();
+        if signal == Signal::SIGTERM && self.leave_to_manager() {
             return Ok(());
         }
         // To a server SIGTERM may mean to leave the mount as it is.

@@ -33,7 +33,7 @@ impl Keeper<'_> {
             last_exit: self.last_exit.clone(),
             parked: self.parked.len(),
             crashed: std::mem::take(&mut self.crashed),
-            kept_by_manager: self.is_kept_by_manager(),
+            kept_by_manager: self.may_be_kept_by_manager(),
         };
         self.server = Some(Server::start(program)?);
         // Before it can touch an image: should everything die now, the next keeper knows whose end to wait for.

@@ -7,7 +7,7 @@
 //! next start:   the store is there (`restart`): goes on
 //! ```
 //!
-//! Without a store it only says when it is ready, and SIGTERM is like SIGINT. What a clean restart does is done for the next start's
+//! Without a store, or where something could not be sent to it, it only says when it is ready, and SIGTERM is like SIGINT. What a clean restart does is done for the next start's
 //! sake only: the store is up to date at each moment, so that any death is followed by the same start.
 
 use std::time::{Duration, Instant};
@@ -18,6 +18,7 @@ use super::Keeper;
 use super::manager::{Manager, has_store};
 use super::store::Store;
 use crate::fuse::lingering;
+use crate::fuse::session::connection_ended;
 
 /// How long the manager may let a start take that goes on with a mount, in microseconds: one that waits for a slow image would not
 /// be faster if it were killed.
@@ -68,10 +69,17 @@ pub(super) fn command_line() -> Vec<String> {
 }
 
 impl Keeper<'_> {
-    /// True if a service manager keeps what this keeper keeps, and another server could go on with it.
-    pub(super) fn is_kept_by_manager(&self) -> bool {
+    /// True if a service manager may keep what this keeper keeps, and another server could go on with it.
+    pub(super) fn may_be_kept_by_manager(&self) -> bool {
         let stored = self.service.as_ref().is_some_and(|service| service.store.is_some());
         stored && self.kept.as_ref().is_none_or(|kept| kept.negotiated.has_resend())
+    }
+
+    /// True if it does keep all of it: only then may the mount be left to it. What could not be sent is sent again first.
+    pub(super) fn is_kept_by_manager(&mut self) -> bool {
+        self.tell_manager();
+        let stored = |service: &Service| service.store.as_ref().is_some_and(Store::is_complete);
+        self.may_be_kept_by_manager() && self.kept.is_some() && self.service.as_ref().is_some_and(stored)
     }
 
     /// Brings the service manager up to date: what it keeps, and what it shows.
@@ -103,19 +111,41 @@ impl Keeper<'_> {
         self.service = service;
     }
 
-    /// Leaves the mount to the service manager.
-    pub(super) fn leave_to_manager(&mut self) {
+    /// Leaves the mount to the service manager. False: it does not have it, so the mount ends like one that nobody keeps.
+    pub(super) fn leave_to_manager(&mut self) -> bool {
+        if !self.may_be_kept_by_manager() {
+            return false;
+        }
+        let kept = self.is_kept_by_manager();
+        // It may have gone since it was handed the last of it.
+        if !self.service.as_ref().is_some_and(|service| service.manager.tell("STOPPING=1")) || !kept {
+            log::error!(
+                "the service manager does not have what it is to keep: the mount ends as soon as nobody uses it"
+            );
+            return false;
+        }
         log::info!("leaving {} as it is, for a restart of the service", self.config.mountpoint.display());
         self.leaving = true;
-        if let Some(service) = &self.service {
-            service.manager.tell("STOPPING=1");
-        }
         if let Some(server) = &self.server {
             // One that does not serve yet has answered nothing; it may hang on an image.
             let serves = server.serving_since.is_some();
             server.process.signal(if serves { Signal::SIGTERM } else { Signal::SIGKILL });
         }
         self.look_at = Some(Instant::now() + LOOKS_EVERY);
+        true
+    }
+
+    /// The server has left the mount to the service manager, which does not have all of it now: another one serves on, to end it.
+    pub(super) fn stays_instead(&mut self) -> bool {
+        let lives = self.kept.as_ref().is_some_and(|kept| !connection_ended(&kept.fd));
+        if !self.leaving || !lives || self.is_kept_by_manager() {
+            return false;
+        }
+        log::error!("the service manager does not have what it is to keep: serving until nobody uses the mount");
+        (self.leaving, self.look_at) = (false, None);
+        self.held_signal = Some(Signal::SIGINT);
+        self.restart_at = Some(Instant::now());
+        true
     }
 
     /// Tells what keeps a server that was left to: a request that hangs in the kernel, whose end the next server has to wait for as well.

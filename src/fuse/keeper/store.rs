@@ -53,6 +53,8 @@ pub(super) struct Store {
     memory: Memory,
     /// The manager has the table.
     handed: bool,
+    /// All that there is was sent, and nothing failed since.
+    complete: bool,
     entries: Vec<Entry>,
     next: RawFd,
 }
@@ -77,12 +79,12 @@ impl Store {
     /// # Errors
     /// No memory or no descriptors are left.
     pub(super) fn new() -> Result<Store> {
-        Ok(Store { memory: Memory::create()?, handed: false, entries: Vec::new(), next: 1 })
+        Ok(Store { memory: Memory::create()?, handed: false, complete: false, entries: Vec::new(), next: 1 })
     }
 
     /// The one whose table is `memory`; `entries` is what is known to be in it.
     pub(super) fn known(memory: OwnedFd, entries: Vec<Entry>, next: RawFd) -> Store {
-        Store { memory: Memory::of(memory), handed: true, entries, next }
+        Store { memory: Memory::of(memory), handed: true, complete: false, entries, next }
     }
 
     /// For a keeper that has taken `names` by their keys: `items` is what it has now, `keys` tells which number is which.
@@ -110,6 +112,11 @@ impl Store {
         (&self.memory.file, &self.entries, self.next)
     }
 
+    /// True if the manager was handed all that there is, and the table of it.
+    pub(super) fn is_complete(&self) -> bool {
+        self.complete
+    }
+
     /// Lets `manager` have exactly `items`, and a table that `write` makes with their keys (by the numbers of the descriptors).
     pub(super) fn keep(
         &mut self,
@@ -117,6 +124,7 @@ impl Store {
         items: &[Item<'_>],
         write: impl FnOnce(&BTreeMap<RawFd, RawFd>) -> Vec<u8>,
     ) {
+        self.complete = false;
         self.entries.retain(|entry| {
             let used = items.iter().any(|item| item.id == entry.id);
             if !used {
@@ -147,6 +155,7 @@ impl Store {
         if !self.handed {
             self.handed = manager.keep(TABLE, self.memory.file.as_fd()).inspect_err(&mut failed).is_ok();
         }
+        self.complete = self.handed && items.iter().all(|item| keys.contains_key(&item.descriptor.as_raw_fd()));
     }
 
     /// Lets the manager close everything: the mount has ended.
@@ -210,6 +219,8 @@ fn newest(file: &File) -> Option<(u64, Vec<u8>)> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::net::UnixDatagram;
+
     use super::*;
 
     #[test]
@@ -228,6 +239,36 @@ mod tests {
         let again = Memory::of(memory.file.try_clone().unwrap().into());
         assert_eq!(again.sequence, 3);
         assert!(memory.write(&vec![0; 2 << 20]).is_err());
+    }
+
+    /// What is not sent is not kept, however little: a mount may be left to the manager only if it has all.
+    #[test]
+    fn complete_is_what_was_wholly_sent() {
+        let (ours, theirs) = UnixDatagram::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let manager = Manager::of(ours);
+        let files = [(); 2].map(|()| File::open("/dev/null").unwrap());
+        let items = |count: usize| -> Vec<Item<'_>> {
+            files[..count].iter().map(|file| Item::new("image", "", file.as_fd())).collect()
+        };
+        let mut store = Store::new().unwrap();
+        assert!(!store.is_complete());
+        store.keep(&manager, &items(1), |_| b"one".to_vec());
+        assert!(store.is_complete());
+        // It does not read any more, until nothing fits in.
+        while manager.keep("filler", files[0].as_fd()).is_ok() {}
+        store.keep(&manager, &items(2), |_| b"two".to_vec());
+        assert!(!store.is_complete());
+        theirs.set_nonblocking(true).unwrap();
+        while theirs.recv(&mut [0; 4096]).is_ok() {}
+        store.keep(&manager, &items(2), |_| b"two".to_vec());
+        assert!(store.is_complete(), "what had failed was sent again");
+        store.keep(&manager, &items(2), |_| vec![0; 2 << 20]);
+        assert!(!store.is_complete(), "the table is not of now");
+        drop(theirs);
+        let mut gone = Store::new().unwrap();
+        gone.keep(&manager, &items(2), |_| b"two".to_vec());
+        assert!(!gone.is_complete());
     }
 
     #[test]

@@ -195,6 +195,27 @@ fn what_cannot_be_opened_is_named() {
 }
 
 #[test]
+fn one_export_is_one_image_by_every_name() {
+    let place = Place::in_memory();
+    let source = place.sparse("a.img", 4 << 20);
+    let [one, other] = [("one", "b.img"), ("other", "c.img")]
+        .map(|(export, name)| (Server::qemu_tcp(export, "raw", &place.sparse(name, 4 << 20)), export));
+    let one_uri = one.0.export(one.1);
+    let spelled = |host: &str| format!("nbd://{host}:{}/%6Fne?", one.0.port());
+    let mounted = Mount::of(&place, [&one_uri, &other.0.export(other.1), &source]).start();
+    for target in [spelled("127.0.0.1"), spelled("LOCALHOST")] {
+        for disk in ["one", "other", "a.img"] {
+            let refused = mounted
+                .verb_on(&mounted.disk(disk), "mirror", [&target])
+                .refuses_naming(&[&target, one_uri.to_str().unwrap()]);
+            assert!(refused.complaint().contains("export"), "{refused}");
+        }
+    }
+    assert!(mounted.job().is_null());
+    mounted.unmount();
+}
+
+#[test]
 fn a_target_that_freezes_or_dies_is_no_matter_of_the_guest() {
     let (seed, place) = (random::seed(), Place::in_memory());
     let (a, b) = (place.sparse("a.img", SIZE), place.sparse("b.img", SIZE));

@@ -16,6 +16,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use super::nbd::uri;
 use super::users::{number_in, sysfs};
 use super::{DescriptorRole, Image};
 use crate::error::{Error, ErrorKind, Result};
@@ -149,6 +150,13 @@ pub fn refuse_on_own_disk(path: &Path) -> Result<()> {
 /// # Errors
 /// Wrong usage, naming the target.
 pub fn refuse_same(source: &dyn Image, path: &Path) -> Result<()> {
+    if let Some(uri) = path.to_str().filter(|_| uri::is_uri(path)) {
+        // Who answers is compared when it is opened.
+        let images = std::iter::successors(Some(source), |image| image.backing().map(|layer| &**layer));
+        let Some(image) = images.into_iter().find(|image| uri::same_export(image.name(), uri)) else { return Ok(()) };
+        let what = format!("the target is the same NBD export as the source ({}):", image.name());
+        return Err(Error::usage(what).on(uri).advise("name another export"));
+    }
     super::own_mount::refuse_inside(path)?;
     for layer in std::iter::successors(source.backing(), |layer| layer.backing()) {
         if same_image(&**layer, path)? {

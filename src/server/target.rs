@@ -80,17 +80,19 @@ pub(super) fn check(volumes: &[Arc<Volume>], state_dir: &Path, options: &MirrorO
     }
 }
 
-/// Refuses a target that is a source, or lies on a disk or in a mount of ours. Of an NBD URI only the socket can be looked at.
+/// Refuses a target that is a source, or lies on a disk or in a mount of ours. Of an NBD URI the socket is looked at, and what
+/// export it means.
 ///
 /// # Errors
 /// Wrong usage, naming the target.
 pub(super) fn refuse_own(volumes: &[Arc<Volume>], path: &Path) -> Result<()> {
     if uri::is_uri(path) {
         let socket = path.to_str().and_then(uri::unix_socket);
-        return socket.map_or(Ok(()), |socket| own_mount::refuse_inside(&socket));
+        socket.map_or(Ok(()), |socket| own_mount::refuse_inside(&socket))?;
+    } else {
+        own_mount::refuse_inside(path)?;
+        refuse_on_own_disk(path)?;
     }
-    own_mount::refuse_inside(path)?;
-    refuse_on_own_disk(path)?;
     volumes.iter().try_for_each(|volume| refuse_same(&*volume.active(), path))
 }
 

@@ -20,7 +20,8 @@ use std::time::Duration;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::call::{Answer, Call, Reply};
-use super::ends::OpenEnd;
+use super::ends::{OpenEnd, User};
+use crate::error::Error;
 use crate::sync::{Arc, Instant, Mutex};
 use crate::sys::libnbd::{Finished, Handle, Library, Outcome, Refusal};
 
@@ -85,6 +86,30 @@ pub(super) struct End {
     pub(super) unknown: bool,
 }
 
+/// Why there is no connection.
+#[derive(Debug)]
+pub(super) enum NoConnection {
+    /// It may come yet.
+    Yet(String),
+    /// There must be none.
+    Refused(Error),
+}
+
+impl From<String> for NoConnection {
+    fn from(reason: String) -> Self {
+        NoConnection::Yet(reason)
+    }
+}
+
+impl std::fmt::Display for NoConnection {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            NoConnection::Yet(reason) => f.write_str(reason),
+            NoConnection::Refused(error) => error.fmt(f),
+        }
+    }
+}
+
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Connection {
@@ -118,16 +143,17 @@ enum Wish {
 }
 
 impl Connection {
-    /// Connects to `uri` until `deadline`. `on_end` hears of the end, once, on the connection's thread.
+    /// Connects `user` to `uri` until `deadline`. `on_end` hears of the end, once, on the connection's thread.
     ///
     /// # Errors
-    /// Why not, in words.
+    /// There is no connection; another image has this export.
     pub(super) fn open(
         library: &'static Library,
         uri: &str,
+        user: User,
         deadline: Instant,
         on_end: impl FnOnce(End) + Send + 'static,
-    ) -> Result<Self, String> {
+    ) -> Result<Self, NoConnection> {
         let (sender, finished) = channel();
         let mut handle = Handle::new(library, sender).map_err(|refusal| refusal.text)?;
         let words = CString::new(uri).map_err(|error| error.to_string())?;
@@ -135,11 +161,11 @@ impl Connection {
         let mut reason = None;
         while !handle.is_ready() {
             if handle.has_ended() {
-                return Err(reason.unwrap_or_else(|| "the server closed the connection".to_owned()));
+                return Err(reason.unwrap_or_else(|| "the server closed the connection".to_owned()).into());
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err("the server does not answer".to_owned());
+                return Err("the server does not answer".to_owned().into());
             }
             // Each address of a host has a socket of its own.
             let socket = handle.socket().map_err(|error| error.to_string())?;
@@ -152,7 +178,7 @@ impl Connection {
             end.set_nonblocking(true).map_err(|error| error.to_string())?;
         }
         let shared = Arc::new(Shared { queue: Mutex::default(), wake });
-        let end = OpenEnd::new(uri, socket);
+        let end = OpenEnd::new(uri, socket, user).map_err(NoConnection::Refused)?;
         let driver = Driver { handle, end, finished, woken, shared: shared.clone(), running: BTreeMap::new(), next: 0 };
         let spawned = std::thread::Builder::new().name("nbd".into()).spawn(move || driver.run(on_end));
         spawned.map_err(|error| error.to_string())?;

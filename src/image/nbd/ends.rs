@@ -10,6 +10,7 @@
 //! it closes). A reset counts as the same: nobody is there any more to do anything. When the *kernel* gives a silent host up nobody knows.
 
 use std::io;
+use std::net::TcpStream;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -17,9 +18,10 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{MsgFlags, Shutdown, recv, shutdown};
+use nix::sys::socket::{MsgFlags, Shutdown, SockaddrStorage, getpeername, recv, shutdown};
 use parking_lot::{Condvar, Mutex};
 
+use super::uri;
 use crate::error::{Error, ErrorKind, Result};
 
 /// Keeps sockets beyond the death of this process.
@@ -41,6 +43,58 @@ static NEXT: AtomicU64 = AtomicU64::new(0);
 struct Entry {
     name: String,
     uri: String,
+    place: Place,
+    /// The image that it belongs to; `None`: of a server before.
+    user: Option<User>,
+}
+
+/// Who uses connections: one image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct User {
+    number: u64,
+    /// It does not write, nor mind who does.
+    observes: bool,
+}
+
+impl User {
+    pub(super) fn new(observes: bool) -> Self {
+        User { number: NEXT.fetch_add(1, Relaxed), observes }
+    }
+}
+
+/// An export, as far as it can be told from others: by what it was called, and by who answered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Place {
+    key: String,
+    peer: Option<String>,
+    export: String,
+}
+
+impl Place {
+    fn of(uri: &str, socket: BorrowedFd<'_>) -> Self {
+        Place { key: uri::key(uri), peer: peer(socket), export: uri::export_name(uri) }
+    }
+
+    fn is_same(&self, other: &Self) -> bool {
+        self.key == other.key || (self.peer.is_some() && self.peer == other.peer && self.export == other.export)
+    }
+}
+
+/// Who is at the other end. All addresses of this host are one: a server listens at many.
+fn peer(socket: BorrowedFd<'_>) -> Option<String> {
+    let peer = getpeername::<SockaddrStorage>(socket.as_raw_fd()).ok()?;
+    if let Some(address) = peer.as_unix_addr() {
+        // A relative one depends on where the server was started.
+        return address.path().filter(|path| path.is_absolute()).map(|path| format!("unix {}", path.display()));
+    }
+    if let Some(address) = peer.as_vsock_addr() {
+        return Some(format!("vsock {}:{}", address.cid(), address.port()));
+    }
+    let stream = TcpStream::from(socket.try_clone_to_owned().ok()?);
+    let (peer, ours) = (stream.peer_addr().ok()?, stream.local_addr().ok()?);
+    let (address, port) = (peer.ip().to_canonical(), peer.port());
+    let local = address.is_loopback() || address == ours.ip().to_canonical();
+    Some(if local { format!("this host:{port}") } else { format!("{address}:{port}") })
 }
 
 /// A connection whose end has not been read. Dropped, it stays registered: only [`OpenEnd::read`] ends that.
@@ -64,7 +118,8 @@ pub fn inherit(name: &str, socket: OwnedFd) -> Result<(), OwnedFd> {
     let Some(uri) = name.strip_prefix(NAME).and_then(|rest| rest.split_once(' ')).map(|(_, uri)| uri) else {
         return Err(socket);
     };
-    OPEN.lock().push(Entry { name: name.to_owned(), uri: uri.to_owned() });
+    let place = Place::of(uri, socket.as_fd());
+    OPEN.lock().push(Entry { name: name.to_owned(), uri: uri.to_owned(), place, user: None });
     let end = OpenEnd { name: name.to_owned(), socket };
     let shown = uri.to_owned();
     let read = move || match end.read() {
@@ -77,14 +132,15 @@ pub fn inherit(name: &str, socket: OwnedFd) -> Result<(), OwnedFd> {
     Ok(())
 }
 
-/// Waits until no connection to `uri` is open, of this process or inherited.
+/// Waits until no connection to the export of `uri`, however it is spelled, is open, of this process or inherited.
 ///
 /// # Errors
 /// [`ErrorKind::Locked`]: one still was after `patience`.
 pub(super) fn wait_for_all(uri: &str, patience: Duration) -> Result<()> {
     let deadline = Instant::now() + patience;
+    let key = uri::key(uri);
     let mut open = OPEN.lock();
-    while open.iter().any(|entry| entry.uri == uri) {
+    while open.iter().any(|entry| entry.place.key == key) {
         if CHANGED.wait_until(&mut open, deadline).timed_out() {
             let what =
                 "an earlier connection has not ended: its server may still be writing, or the export is in use here:";
@@ -96,14 +152,27 @@ pub(super) fn wait_for_all(uri: &str, patience: Duration) -> Result<()> {
 }
 
 impl OpenEnd {
-    /// Registers a new connection. Before the first request goes out.
-    pub(super) fn new(uri: &str, socket: OwnedFd) -> Self {
+    /// Registers a new connection of `user`. Before the first request goes out.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Locked`]: who answers there has this export open with another image already, by the same or another
+    /// name. Two images of one export would be a disk and its copy in one place (rule 9).
+    pub(super) fn new(uri: &str, socket: OwnedFd, user: User) -> Result<Self> {
         let name = format!("{NAME}{}.{} {uri}", std::process::id(), NEXT.fetch_add(1, Relaxed));
-        OPEN.lock().push(Entry { name: name.clone(), uri: uri.to_owned() });
+        let place = Place::of(uri, socket.as_fd());
+        let mut open = OPEN.lock();
+        let is_other = |entry: &&Entry| entry.user.is_none_or(|other| other != user && !other.observes);
+        if let Some(other) = open.iter().filter(is_other).find(|entry| !user.observes && entry.place.is_same(&place)) {
+            let what = format!("this export is in use already, as {}:", other.uri);
+            let advice = "name another export; or wait, if the other one was just given up";
+            return Err(Error::new(ErrorKind::Locked, what).on(uri).advise(advice));
+        }
+        open.push(Entry { name: name.clone(), uri: uri.to_owned(), place, user: Some(user) });
+        drop(open);
         if let Some(parking) = &*PARKING.lock() {
             parking.park(&name, socket.as_fd());
         }
-        OpenEnd { name, socket }
+        Ok(OpenEnd { name, socket })
     }
 
     /// The socket, to wait for.
@@ -153,16 +222,19 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 mod tests {
     use super::*;
     use std::io::{Read, Write};
+    use std::net::TcpListener;
     use std::os::unix::net::UnixStream;
 
     #[test]
     fn an_export_is_not_opened_before_the_end_of_the_connection_before_was_read() {
         let uri = "nbd://ends.test/one";
         let (ours, mut theirs) = UnixStream::pair().unwrap();
-        let end = OpenEnd::new(uri, ours.into());
+        let end = OpenEnd::new(uri, ours.into(), User::new(false)).unwrap();
         let name = end.name.clone();
         assert_eq!(wait_for_all(uri, Duration::ZERO).unwrap_err().kind(), ErrorKind::Locked);
         wait_for_all("nbd://ends.test/other", Duration::ZERO).unwrap();
+        let spelled = "nbds://Ends.test:10809/%6Fne";
+        assert_eq!(wait_for_all(spelled, Duration::ZERO).unwrap_err().kind(), ErrorKind::Locked);
         // This process dies; another one takes the parked socket over.
         let OpenEnd { socket, .. } = end;
         OPEN.lock().retain(|entry| entry.name != name);
@@ -176,5 +248,31 @@ mod tests {
         wait_for_all(uri, Duration::from_secs(60)).unwrap();
         let (other, _end) = UnixStream::pair().unwrap();
         assert!(inherit("image /disk.img", other.into()).is_err());
+    }
+
+    #[test]
+    fn an_export_is_known_by_who_answers() {
+        let listener = TcpListener::bind("[::]:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let connect = |host: &str| OwnedFd::from(TcpStream::connect((host, port)).unwrap());
+        let uri = |host: &str, export: &str| format!("nbd://{host}:{port}/{export}");
+        let (one, two) = (User::new(false), User::new(false));
+        let first = OpenEnd::new(&uri("localhost", "a"), connect("127.0.0.1"), one).unwrap();
+        let second = OpenEnd::new(&uri("localhost", "a"), connect("127.0.0.1"), one).unwrap();
+        for host in ["127.0.0.1", "127.0.0.2", "::1"] {
+            let error = OpenEnd::new(&uri("other.test", "a"), connect(host), two).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Locked);
+            let text = error.to_string();
+            assert!(text.contains(&uri("localhost", "a")) && text.contains(&uri("other.test", "a")), "{text}");
+        }
+        let other = OpenEnd::new(&uri("other.test", "b"), connect("127.0.0.1"), two).unwrap();
+        let observer = OpenEnd::new(&uri("other.test", "a"), connect("127.0.0.1"), User::new(true)).unwrap();
+        drop(listener);
+        for end in [first, second, other, observer] {
+            end.read().unwrap();
+        }
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        OpenEnd::new(&uri("other.test", "a"), socket.into(), two).unwrap();
     }
 }

@@ -3,9 +3,12 @@
 use std::time::{Duration, SystemTime};
 
 use super::change::{Change, Trouble};
+use super::connection::NoConnection;
+use super::ends::User;
 use super::extents::{self, Extents};
 use super::link::{Link, Patience};
 use super::ranges::Held;
+use super::uri;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Attributes, Extent, ExtentStatus, Format, Identity, Image, Properties, Room, check_bounds};
 use crate::range::ByteRange;
@@ -28,14 +31,15 @@ pub(super) struct NbdImage {
 }
 
 impl NbdImage {
-    /// Connects to `uri`.
+    /// Connects to `uri`; `observes`: whoever else has it open.
     pub(super) fn open(
         library: &'static Library,
         uri: &str,
         patience: Patience,
         writable: bool,
-    ) -> std::result::Result<Self, String> {
-        let link = Link::open(library, uri, patience, writable)?;
+        observes: bool,
+    ) -> std::result::Result<Self, NoConnection> {
+        let link = Link::open(library, uri, User::new(observes), patience, writable)?;
         let size_bytes = link.export().size_bytes;
         let (extents, opened, owed) = (Extents::default(), SystemTime::now(), Mutex::new(None));
         Ok(NbdImage { uri: uri.to_owned(), link, patience, writable, size_bytes, extents, opened, owed })
@@ -307,9 +311,9 @@ impl Image for NbdImage {
         Ok(Room { available_bytes: size, free_bytes: size, total_bytes: size })
     }
 
-    /// Its URI is all that is known of it.
+    /// Its URI is all that is known of it, however it is spelled.
     fn identity(&self) -> Result<Identity> {
-        let id = format!("nbd-{:016x}", xxhash_rust::xxh3::xxh3_64(self.uri.as_bytes()));
+        let id = format!("nbd-{:016x}", xxhash_rust::xxh3::xxh3_64(uri::key(&self.uri).as_bytes()));
         Ok(Identity { id: Some(id), device: 0, inode: 0, birth_ns: None, size_bytes: self.size_bytes })
     }
 

@@ -19,7 +19,8 @@ use std::time::Duration;
 
 use super::call::{Answer, Call, Reply};
 use super::change::{Carrier, Change, Trouble, carry_out};
-use super::connection::{Connection, End, Export};
+use super::connection::{Connection, End, Export, NoConnection};
+use super::ends::User;
 use super::kept::Kept;
 use super::ranges::{Held, Ranges};
 use crate::sync::{Arc, Condvar, Instant, Mutex, wait_until};
@@ -57,6 +58,7 @@ impl Patience {
 /// See the module.
 pub(super) struct Link {
     uri: String,
+    user: User,
     library: &'static Library,
     patience: Patience,
     writable: bool,
@@ -97,16 +99,17 @@ impl std::fmt::Debug for Link {
 }
 
 impl Link {
-    /// Connects for the first time.
+    /// Connects `user` for the first time.
     ///
     /// # Errors
-    /// Why not, in words.
+    /// There is no connection; another image has this export.
     pub(super) fn open(
         library: &'static Library,
         uri: &str,
+        user: User,
         patience: Patience,
         writable: bool,
-    ) -> Result<Arc<Self>, String> {
+    ) -> Result<Arc<Self>, NoConnection> {
         // The first connection says what there is. Should it end before the link is there, that is noticed then.
         let slot: Arc<Mutex<(Weak<Link>, Option<End>)>> = Arc::default();
         let deadline = Instant::now() + patience.connect;
@@ -118,10 +121,11 @@ impl Link {
                 None => slot.1 = Some(end),
             }
         };
-        let first = Connection::open(library, uri, deadline, on_end)?;
+        let first = Connection::open(library, uri, user, deadline, on_end)?;
         let export = first.export.clone();
         let link = Arc::new(Link {
             uri: uri.to_owned(),
+            user,
             library,
             patience,
             writable,
@@ -159,7 +163,7 @@ impl Link {
         self.state.lock().export.clone()
     }
 
-    fn connect(self: &Arc<Self>, generation: u64) -> Result<Arc<Connection>, String> {
+    fn connect(self: &Arc<Self>, generation: u64) -> Result<Arc<Connection>, NoConnection> {
         let link = Arc::downgrade(self);
         let deadline = Instant::now() + self.patience.connect;
         let on_end = move |end| {
@@ -167,7 +171,7 @@ impl Link {
                 link.note_end(generation, end);
             }
         };
-        let connection = Connection::open(self.library, &self.uri, deadline, on_end)?;
+        let connection = Connection::open(self.library, &self.uri, self.user, deadline, on_end)?;
         self.state.lock().made += 1;
         Ok(Arc::new(connection))
     }
@@ -257,7 +261,7 @@ impl Link {
 
     /// Connects, checks that it is the same export, and sends again what was kept.
     fn revive(self: &Arc<Self>, generation: u64) -> Result<(), String> {
-        let first = self.connect(generation)?;
+        let first = self.connect(generation).map_err(|why| why.to_string())?;
         let checked = self.check(&first.export).and_then(|()| self.send_again(&first));
         let mut state = self.state.lock();
         state.connections.push(first.clone());

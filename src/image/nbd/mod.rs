@@ -35,7 +35,9 @@
 //! while its requests are being carried out) can do the rest a moment later; no client can tell.
 //!
 //! # What NBD does not have
-//! Locks (rule 9): that an export has one writer is the server's affair, or the administrator's; this process uses one URI once.
+//! Locks (rule 9): that an export has one writer is the server's affair, or the administrator's. This process uses one export once,
+//! whatever it is called: URIs are compared in one spelling (`uri.rs`), and who answers with all others that are connected (`ends.rs`).
+//! What nobody can tell: two addresses of another host, a forwarded port, two names of one export.
 //! Identities and times (rule 11): a mirror that is resumed compares everything. A size that changes: an export that comes
 //! back with another one is refused. Zeroing by trim: that promises nothing about what is read (`change.rs`).
 
@@ -58,6 +60,7 @@ use std::time::Duration;
 pub use self::ends::{Parking, inherit, park_with};
 pub use self::image::RECONNECT_DEFAULT;
 
+use self::connection::NoConnection;
 use self::image::NbdImage;
 use self::link::Patience;
 use super::open::{OpenOptions, Role};
@@ -90,9 +93,11 @@ pub(super) fn open(place: &Path, options: &OpenOptions) -> Result<Arc<dyn Image>
         ends::wait_for_all(name, ended_within)?;
     }
     let image = loop {
-        match NbdImage::open(library, name, patience, options.writable) {
+        let observes = options.role == Role::Observer;
+        match NbdImage::open(library, name, patience, options.writable, observes) {
             Ok(image) => break image,
-            Err(why) if Instant::now() >= deadline => return Err(unreachable(name, &why)),
+            Err(NoConnection::Refused(error)) => return Err(error),
+            Err(why) if Instant::now() >= deadline => return Err(unreachable(name, &why.to_string())),
             Err(why) => log::warn!("{name}: no connection: {why}"),
         }
         std::thread::sleep(INSIST_EVERY);

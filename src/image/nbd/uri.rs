@@ -6,6 +6,7 @@
 //!   &tls-certificates=/DIR  &tls-psk-file=/FILE
 //! ```
 
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use percent_encoding::percent_decode_str;
@@ -15,6 +16,8 @@ use crate::error::{Error, Result};
 const SCHEMES: &[&str] = &["nbd://", "nbds://", "nbd+unix://", "nbds+unix://", "nbd+vsock://", "nbds+vsock://"];
 /// Parameters that name files: the server of a mount has another current directory than the user.
 const FILES: &[&str] = &["socket", "tls-certificates", "tls-psk-file"];
+/// Where a server listens if no port is named.
+const PORT: u32 = 10809;
 /// The name of a disk whose export has none that a file could have.
 const NAMELESS: &str = "nbd.img";
 
@@ -44,10 +47,44 @@ pub fn unix_socket(uri: &str) -> Option<PathBuf> {
     parameter(uri, "socket").map(PathBuf::from)
 }
 
+/// The name of the export, as the server hears it.
+pub(super) fn export_name(uri: &str) -> String {
+    decoded(parts(uri).0.split_once('/').map_or("", |(_, export)| export))
+}
+
+/// The export that a URI means, in one spelling: with or without TLS, the default port, capitals in a host's name and
+/// escapes make no other one, nor do parameters but the socket. Other names of one host, or of one export, are not known here.
+pub fn key(uri: &str) -> String {
+    let scheme = uri.split("://").next().unwrap_or_default();
+    let kind = scheme.split_once('+').map_or("tcp", |(_, kind)| kind);
+    let authority = parts(uri).0.split('/').next().unwrap_or_default();
+    let server = if kind == "unix" {
+        let socket = unix_socket(uri).unwrap_or_default();
+        socket.components().as_path().display().to_string()
+    } else {
+        let host = authority.rsplit('@').next().unwrap_or_default();
+        // The colons of an address in brackets are none before a port.
+        let (host, port) = match host.rsplit_once(':') {
+            Some((host, port)) if !port.contains(']') => (host, port),
+            _ => (host, ""),
+        };
+        let port = port.parse().unwrap_or(PORT);
+        let host = decoded(host).to_ascii_lowercase();
+        let bare = host.trim_start_matches('[').trim_end_matches(']');
+        let host = bare.parse::<IpAddr>().map_or(bare.to_owned(), |address| address.to_canonical().to_string());
+        format!("{}:{port}", host.trim_end_matches('.'))
+    };
+    format!("{kind} {server} {}", export_name(uri))
+}
+
+/// True if both are NBD URIs of one export.
+pub fn same_export(one: &str, other: &str) -> bool {
+    is_uri(Path::new(one)) && is_uri(Path::new(other)) && key(one) == key(other)
+}
+
 /// What a disk is called that lies there: the last part of the export's name.
 pub fn disk_name(uri: &str) -> String {
-    let export = parts(uri).0.split_once('/').map_or("", |(_, export)| export);
-    let name = decoded(export);
+    let name = export_name(uri);
     let last = name.rsplit('/').find(|part| !part.is_empty()).unwrap_or(NAMELESS);
     let well_formed = last != "." && last != ".." && !last.contains('\0') && last.len() <= 255;
     if well_formed { last.to_owned() } else { NAMELESS.to_owned() }
@@ -100,6 +137,31 @@ mod tests {
             ("nbd://[::1]:10809/a%2Fb", "b"),
         ] {
             assert_eq!(disk_name(uri), name, "{uri}");
+        }
+    }
+
+    #[test]
+    fn one_export_has_one_key_however_it_is_spelled() {
+        for (one, other) in [
+            ("nbd://h/x", "nbd://h:10809/x"),
+            ("nbd://h/x", "nbds://H.:/%78?tls-certificates=/etc/pki"),
+            ("nbd://h", "nbd://h/"),
+            ("nbd://h/x", "nbds://somebody@h/x#part"),
+            ("nbd://[::1]:10809/a%2Fb", "nbd://[0:0::1]/a/b"),
+            ("nbd://127.0.0.1/x", "nbd://[::ffff:127.0.0.1]/x"),
+            ("nbd+unix:///x?socket=/run/s", "nbds+unix:///x?tls-psk-file=/k&socket=%2Frun//s"),
+        ] {
+            assert!(same_export(one, other), "{one} {other}: {} {}", key(one), key(other));
+        }
+        for (one, other) in [
+            ("nbd://h/x", "nbd://h/X"),
+            ("nbd://h/x", "nbd://h:10810/x"),
+            ("nbd://h/x", "nbd://i/x"),
+            ("nbd://h/x", "nbd+vsock://h/x"),
+            ("nbd+unix:///x?socket=/run/s", "nbd+unix:///x?socket=/run/t"),
+            ("/disk.img", "/disk.img"),
+        ] {
+            assert!(!same_export(one, other), "{one} {other}");
         }
     }
 

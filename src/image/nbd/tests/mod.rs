@@ -28,7 +28,7 @@ fn patience(reconnect: Duration, answer: Duration) -> Patience {
 /// The server's export as an image; `None` where the library is not installed.
 fn open(server: &Server, patience: Patience) -> Option<NbdImage> {
     match libnbd::library() {
-        Ok(library) => Some(NbdImage::open(library, &server.uri(), patience, true).unwrap()),
+        Ok(library) => Some(NbdImage::open(library, &server.uri(), patience, true, false).unwrap()),
         Err(why) => {
             eprintln!("SKIPPED: {why}");
             None

@@ -290,7 +290,9 @@ impl Link {
         if self.writable && export.read_only {
             return Err("the export is read-only now".to_owned());
         }
-        if export.block_bytes > first.block_bytes || (first.keeps() && !export.keeps()) {
+        let durable_no_more =
+            (first.keeps() && !export.keeps()) || (first.writes_through() && !export.can_fua && self.writable);
+        if export.block_bytes > first.block_bytes || durable_no_more {
             return Err("the server can do less now than it could".to_owned());
         }
         Ok(())

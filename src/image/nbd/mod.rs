@@ -18,7 +18,8 @@
 //!
 //! What was flushed, everybody has. FUA is used where a server offers it and no flush: then every write carries it, and nothing
 //! has to be kept. For all others FUA on every write would cost a flush each, to survive what no disk survives. What is kept is
-//! bounded; who would exceed the bound flushes first.
+//! bounded; who would exceed the bound flushes first. A server that offers neither is not written to: it could lose what it was ever
+//! sent, and nobody would know what to send again. Nor is one that comes back and can no longer do what was relied on.
 //!
 //! A target is no different, so that a cutover changes nothing: after a lost connection everything since its last flush is not
 //! only dirty, it is sent again.
@@ -107,7 +108,10 @@ pub(super) fn open(place: &Path, options: &OpenOptions) -> Result<Arc<dyn Image>
         return Err(error.on(name).advise("pass --read-only, or have the server let it be written"));
     }
     if options.writable && !image.can_be_durable() {
-        log::warn!("{name}: the server offers no flush: what it acknowledges is as durable as it makes it by itself");
+        // After a lost connection nobody could say what of all that was ever written is still there.
+        let what = "the NBD server offers neither flush nor FUA, so nothing written there is ever known to be durable: cannot open";
+        let advice = "have the server offer flush (nbd-server: flush = true), or pass --read-only";
+        return Err(Error::new(ErrorKind::Unsupported, what).on(name).advise(advice));
     }
     if options.cache == CacheMode::None {
         log::debug!("{name}: cache=none concerns this host's page cache, which NBD does not use");

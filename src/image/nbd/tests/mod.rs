@@ -2,14 +2,15 @@
 
 mod server;
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use self::server::{FLUSH, FLUSHED, FUA, MULTI_CONN, READ, Seen, Server, TRIM, WRITE, ZEROES};
 use super::image::NbdImage;
 use super::kept::KEPT_BYTES_MAX;
 use super::link::Patience;
-use crate::image::Image;
 use crate::image::tests::model;
+use crate::image::{Image, OpenOptions};
 use crate::range::ByteRange;
 use crate::sync::Arc;
 use crate::sys::libnbd;
@@ -236,6 +237,37 @@ fn another_export_in_its_place_is_refused() {
     server.resize(SIZE);
     server.restart();
     eventually("the right one to be taken", || image.write_at(0, &[1; 512]).is_ok());
+}
+
+#[test]
+fn where_nothing_is_ever_durable_nothing_is_written() {
+    let Ok(_) = libnbd::library() else { return };
+    let server = Server::new(SIZE, ZEROES);
+    let uri = server.uri();
+    let options = |writable| OpenOptions { writable, ..OpenOptions::default() };
+    let error = super::open(Path::new(&uri), &options(true)).unwrap_err();
+    assert_eq!(error.kind(), crate::error::ErrorKind::Unsupported);
+    assert!(error.to_string().contains(&uri) && error.to_string().contains("neither flush nor FUA"), "{error}");
+    super::open(Path::new(&uri), &options(false)).unwrap();
+}
+
+#[test]
+fn a_server_that_can_make_less_durable_than_before_is_refused() {
+    for (before, after) in [(FUA, 0), (FLUSH, 0), (FLUSH, FUA)] {
+        let mut server = Server::new(SIZE, before);
+        let Some(image) = open(&server, patience(Duration::from_millis(300), LONG)) else { return };
+        image.write_at(0, &[1; 512]).unwrap();
+        server.kill();
+        server.change_flags(after);
+        server.restart();
+        let error = image.write_at(0, &[2; 512]).unwrap_err();
+        assert!(error.to_string().contains("can do less"), "{before} {after}: {error}");
+        server.kill();
+        server.change_flags(before | FLUSH | FUA);
+        server.restart();
+        eventually("the right one to be taken", || image.write_at(0, &[3; 512]).is_ok());
+        image.flush().unwrap();
+    }
 }
 
 #[test]

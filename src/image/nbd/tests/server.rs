@@ -156,6 +156,11 @@ impl Server {
         world.cache.resize(size, 0);
     }
 
+    /// It can do this, and no more, on connections to come.
+    pub(super) fn change_flags(&self, flags: u16) {
+        self.shared.world.lock().flags = flags;
+    }
+
     pub(super) fn seen(&self) -> Vec<Seen> {
         self.shared.world.lock().seen.clone()
     }

@@ -60,7 +60,7 @@ pub fn key(uri: &str) -> String {
     let authority = parts(uri).0.split('/').next().unwrap_or_default();
     let server = if kind == "unix" {
         let socket = unix_socket(uri).unwrap_or_default();
-        socket.components().as_path().display().to_string()
+        socket.components().collect::<PathBuf>().display().to_string()
     } else {
         let host = authority.rsplit('@').next().unwrap_or_default();
         // The colons of an address in brackets are none before a port.

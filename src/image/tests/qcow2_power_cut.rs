@@ -104,6 +104,28 @@ fn a_table_that_a_snapshot_shares_is_copied_before_the_copy_is_referred_to() {
     cut_after(&path, |image| image.write_at(0, &[6; 4096]).unwrap(), look);
 }
 
+#[test]
+fn what_was_copied_out_of_a_backing_file_is_durable_before_it_is_referred_to() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
+    std::fs::write(directory.path().join("base.img"), vec![5; 1 << 20]).unwrap();
+    if new_file(&path, "cluster_size=64k,backing_file=base.img,backing_fmt=raw", 1 << 20).is_none() {
+        return;
+    }
+    // The room, and the table: what follows is the copied cluster and its entry only.
+    let image = open_qcow2(&path, CacheMode::Writeback);
+    image.write_at(512 << 10, &[6; 64 << 10]).unwrap();
+    image.flush().unwrap();
+    drop(image);
+    let look = |found: &Path| {
+        let image = open(found, &OpenOptions::default()).unwrap();
+        let mut seen = vec![0; (512 << 10) - 4096];
+        image.read_at(4096, &mut seen).unwrap();
+        assert!(seen.iter().all(|&byte| byte == 5), "what was not written is gone");
+    };
+    cut_after(&path, |image| image.write_at(0, &[6; 4096]).unwrap(), look);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 40, failure_persistence: None, ..ProptestConfig::default() })]
 

@@ -53,7 +53,7 @@ enum Found {
     Different(u64),
 }
 
-/// Compares from the byte `from` on, for about [`STEP`].
+/// Compares from the byte `from` on, for about 200 ms.
 ///
 /// # Errors
 /// `NotNow`: the mirror has ended, or is not ready. One of the images cannot be read.

@@ -125,7 +125,7 @@ fn after_a_cutover_nothing_is_called_a_difference() {
                 }
             }
         });
-        world.cut_over(&[job.clone()]);
+        world.cut_over(std::slice::from_ref(&job));
         assert_eq!(verifier.join().unwrap(), ErrorKind::NotNow);
     });
     guest.stop();

@@ -8,7 +8,7 @@
 //!
 //! | word | meaning |
 //! |---|---|
-//! | image | a place where a disk's bytes live: a raw file, a block device or an NBD export |
+//! | image | a place where a disk's bytes live: a raw or qcow2 file, a block device or an NBD export |
 //! | volume | a live disk that a mount presents; it has one *active* image and, during a mirror, a *target* |
 //! | extent | a byte range with one status: data, zero (allocated), hole. An image that cannot tell is all data |
 //! | granule | the unit of dirty tracking, 64 KiB unless told otherwise |

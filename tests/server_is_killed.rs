@@ -265,6 +265,8 @@ fn a_paused_mirror_stays_paused() {
         let goes_on = |log: String| log.matches("goes on to").count() as u64;
         wait::until("the mirror to be taken up", || goes_on(victim.mounted.log()) > 0);
         story.load.wait_for_more(20);
+        // It passes through the states of a job that begins; no byte is copied in them.
+        victim.mounted.wait_for("the mirror to be paused", |volumes| volumes[0]["mirror"]["state"] == "paused");
         let job = victim.mounted.job();
         assert_eq!(
             (&job["state"], &job["copy_mode"], &job["speed"]),

@@ -133,9 +133,8 @@ impl Server {
             drop(list);
             Some(left.info(&self.ledger.mirror(volume.name())?))
         };
-        // One that goes on is a job before it is no longer waiting. Until it is not, it is shown as it was left: as a job it is for a
-        // moment what it was before its pause.
-        waiting().or_else(running)
+        // One that goes on is a job before it is no longer waiting: it may have become one since the first look.
+        running().or_else(waiting).or_else(running)
     }
 
     fn volume_status(&self, volume: &Arc<Volume>) -> VolumeStatus {
@@ -243,10 +242,8 @@ impl Backend for Server {
         let waiting = self.unfinished.lock().clone();
         let mut infos: Vec<_> = self.jobs.all().iter().map(|job| job.info()).collect();
         for left in &waiting {
-            if let Some(info) = self.ledger.mirror(left.volume.name()).map(|record| left.info(&record)) {
-                infos.retain(|known| known.job_id != info.job_id);
-                infos.push(info);
-            }
+            let info = self.ledger.mirror(left.volume.name()).map(|record| left.info(&record));
+            infos.extend(info.filter(|info| infos.iter().all(|known| known.job_id != info.job_id)));
         }
         self.heartbeat.note();
         infos
@@ -271,11 +268,7 @@ impl Backend for Server {
 
     fn cancel(&self, job_id: &str, mode: CancelMode, keep_target: bool) -> Result<()> {
         match self.unfinished_of(job_id) {
-            Some((left, record)) if self.jobs.find(job_id).is_none() => match self.give_up(&left, &record) {
-                // It has just become one.
-                Err(_) if self.jobs.find(job_id).is_some() => self.job(job_id)?.cancel(mode, keep_target),
-                given_up => given_up,
-            },
+            Some((left, record)) if self.jobs.find(job_id).is_none() => self.give_up(&left, &record),
             _ => self.job(job_id)?.cancel(mode, keep_target),
         }
     }

@@ -125,7 +125,8 @@ pub(super) fn commit(host: &mut Host, old: Option<&MountState>, new: &MountState
             assert!(former, "rule 10: {} is not superseded by {}", before.active, state.active);
             same(host, &before.active, &state.active);
         } else if let (Some(mirror), None, Some(last)) = (&before.mirror, &state.mirror, &state.last_mirror) {
-            if last.result == MirrorResult::Finished {
+            // Not what the record says of a mirror before one that did not start.
+            if last.result == MirrorResult::Finished && last.target == mirror.options.target {
                 same(host, &state.active, &mirror.options.target);
             }
         }

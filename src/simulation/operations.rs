@@ -81,7 +81,9 @@ fn parked() -> Vec<(String, usize)> {
             let target = volume.mirror.as_ref().map(|mirror| mirror.options.target.clone());
             [Some(volume.active.clone()), target].into_iter().flatten()
         });
-        names.filter_map(|name| host.find_disk(&name).map(|disk| (name, disk))).collect()
+        let disks = names.filter_map(|name| host.find_disk(&name).map(|disk| (name, disk)));
+        // The keeper has what a server of its own has opened, and no other.
+        disks.filter(|(_, disk)| host.disks[*disk].locked_by.is_some()).collect()
     })
 }
 

@@ -94,7 +94,17 @@ fn is_alive(task: usize) -> bool {
 /// For the operator: starts a task of life `life`.
 pub(super) fn spawn(life: u32, body: impl FnOnce() + Send + 'static) {
     with(|state| state.spawning = life);
-    drop(shuttle::thread::spawn(body));
+    drop(shuttle::thread::spawn(move || {
+        let task = usize::from(shuttle::thread::current().id());
+        // It may have been seen first when another life had begun, and this one had ended.
+        let dead = with(|state| {
+            state.tasks[task].0 = life;
+            state.dead.contains(&life)
+        });
+        if !dead {
+            body();
+        }
+    }));
 }
 
 /// For the operator: life `life` takes no further step.

@@ -271,11 +271,6 @@ impl Story {
         let Some(end) = self.before else { return };
         host(|host| {
             let host = &mut *host;
-            if end != End::Killed {
-                // Without a keeper the connection is gone, and so is what was asked.
-                host.oracles.iter_mut().for_each(super::oracle::Oracle::give_up);
-                host.asked.iter_mut().for_each(|asked| *asked = None);
-            }
             if end == End::PowerCut {
                 for disk in &mut host.disks {
                     disk.power_cut(&mut host.dice);
@@ -301,6 +296,11 @@ impl Story {
                     host.disks[disk].locked_by = None;
                 }
                 host.files.faults = super::files::Faults::default();
+            }
+            if end != End::Killed {
+                // Without a keeper the connection is gone, and so is what was asked: after what had been sent has landed.
+                host.oracles.iter_mut().for_each(super::oracle::Oracle::give_up);
+                host.asked.iter_mut().for_each(|asked| *asked = None);
             }
         });
         virtual_time::pass(Duration::from_millis(host(|host| host.dice.below(2000))));

@@ -92,7 +92,7 @@ fn ask(host: &mut Host, number: usize) -> Request {
     let oracle = &mut host.oracles[volume];
     let begun = oracle.now();
     if !matches!(what, What::Flush | What::Read) {
-        oracle.begin_write(first, count, tag);
+        oracle.begin_write(first, count, tag, begun);
     }
     let request = Request { volume, what, first, count, tag, begun };
     host.asked[number] = Some(request);
@@ -131,9 +131,9 @@ fn serve(number: usize, volumes: &[Arc<Volume>], request: Request) {
         }
         let oracle = &mut host.oracles[volume];
         match what {
-            What::Write | What::Zero | What::Discard => oracle.end_write(first, count, tag, result.is_ok()),
+            What::Write | What::Zero | What::Discard => oracle.end_write(first, count, begun, result.is_ok()),
             What::WriteDurably => {
-                oracle.end_write(first, count, tag, result.is_ok());
+                oracle.end_write(first, count, begun, result.is_ok());
                 let ended = oracle.now();
                 oracle.end_flush_of(first, count, tag, begun.min(ended), result.is_ok());
             }

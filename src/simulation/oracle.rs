@@ -66,36 +66,28 @@ impl Oracle {
         (0..).zip(&self.sectors).filter(|(_, entries)| !entries.is_empty()).map(|(sector, _)| sector)
     }
 
-    pub(super) fn begin_write(&mut self, first: u64, count: u64, tag: Tag) {
-        let now = self.now();
+    pub(super) fn begin_write(&mut self, first: u64, count: u64, tag: Tag, begun: u64) {
         for sector in first..first + count {
             if self.known(sector).is_none() {
                 self.settle(sector, 0);
             }
-            let entry = Entry {
-                tag,
-                begun: now,
-                ended: None,
-                acknowledged: false,
-                durable: false,
-                forsaken: false,
-                replaced: None,
-            };
+            let entry =
+                Entry { tag, begun, ended: None, acknowledged: false, durable: false, forsaken: false, replaced: None };
             self.entries(sector).push(entry);
         }
     }
 
-    /// The write that brought `tag` has been answered, and as if followed by a flush if `durable`.
-    pub(super) fn end_write(&mut self, first: u64, count: u64, tag: Tag, acknowledged: bool) {
+    /// The write that began at `begun` has been answered. Not told by its tag: all zeroes have one.
+    pub(super) fn end_write(&mut self, first: u64, count: u64, begun: u64, acknowledged: bool) {
         let now = self.now();
         for sector in first..first + count {
             let entries = self.entries(sector);
-            let Some(entry) = entries.iter_mut().rev().find(|entry| entry.tag == tag && entry.ended.is_none()) else {
+            let Some(entry) = entries.iter_mut().rev().find(|entry| entry.begun == begun && entry.ended.is_none())
+            else {
                 continue;
             };
             entry.ended = Some(now);
             entry.acknowledged = acknowledged;
-            let begun = entry.begun;
             if acknowledged {
                 let before = |entry: &&mut Entry| entry.ended.is_some_and(|ended| ended < begun);
                 for entry in entries.iter_mut().filter(before) {

@@ -151,7 +151,8 @@ impl Cutovers {
         log::error!("the cutover is undecided: {error}; guest writes go to both images until a record is durable");
         for (participant, barrier) in participants.iter().zip(&barriers) {
             participant.job.volume.set_tracking(barrier, None);
-            participant.job.volume.join(barrier, participant.new_image());
+            let Live { target, map, .. } = &participant.live;
+            participant.job.volume.join(barrier, target.clone(), map.clone());
         }
         drop(barriers);
         let pause_ms = raised_at.elapsed().as_secs_f64() * 1e3;
@@ -162,11 +163,8 @@ impl Cutovers {
             else {
                 continue;
             };
-            for one in participants.iter().filter(|one| one.new_image().flush().is_err()) {
-                // For good: a later flush that succeeds heals nothing.
-                one.job.volume.distrust_twin();
-            }
-            let whole = participants.iter().all(|one| one.job.volume.twin_is_whole());
+            let mut both = participants.iter().zip(&barriers);
+            let whole = both.all(|(one, barrier)| one.job.volume.make_twin_durable(barrier));
             if let Err(error) = self.committer.settle(switches, whole) {
                 log::error!("the cutover is still undecided: {error}");
                 continue;

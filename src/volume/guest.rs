@@ -172,9 +172,7 @@ impl Volume {
     /// that was acknowledged before durable in the new image.
     fn flush_both(&self) -> Result<()> {
         if let Some(twin) = &*self.twin.load() {
-            if twin.image.flush().is_err() {
-                twin.failed.store(true, Relaxed);
-            }
+            twin.flush();
         }
         let flushed = match &*self.tracking.load() {
             None => self.active.load().0.flush(),

@@ -21,14 +21,17 @@ pub mod target_queue;
 #[cfg(test)]
 mod tests;
 pub mod tracking;
+mod twin;
 
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use arc_swap::{ArcSwap, ArcSwapOption};
 
 pub use self::attributes::{AttributeChange, DiskAttributes, ShownAttributes};
 use self::barrier::{Barrier, Raised};
+use self::target::Target;
 use self::tracking::Tracking;
-use crate::dirty::IntentLog;
+use self::twin::Twin;
+use crate::dirty::{DirtyMap, IntentLog};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
 use crate::range::ByteRange;
@@ -98,15 +101,6 @@ impl std::fmt::Debug for ShownListener {
 /// A sized box for the trait object, which `ArcSwap` needs.
 #[derive(Debug)]
 struct ActiveImage(Arc<dyn Image>);
-
-/// The other image of an undecided cutover.
-#[derive(Debug)]
-struct Twin {
-    image: Arc<dyn Image>,
-    failed: AtomicBool,
-    /// Held over both writes of a change, so that both images get overlapping ones in one order.
-    order: Mutex<()>,
-}
 
 /// One change of a disk, as guests make it.
 #[derive(Clone, Copy, Debug)]
@@ -269,10 +263,10 @@ impl Volume {
         self.twin.store(None);
     }
 
-    /// Sends every further change to `twin` too, until [`Volume::switch`] or [`Volume::separate`]: nobody knows yet which of
-    /// the two a restart would choose (rule 15).
-    pub fn join(&self, _barrier: &Raised<'_>, twin: Arc<dyn Image>) {
-        self.twin.store(Some(Arc::new(Twin { image: twin, failed: AtomicBool::new(false), order: Mutex::new(()) })));
+    /// Sends every further change to `target` too, until [`Volume::switch`] or [`Volume::separate`]: nobody knows yet which of
+    /// the two a restart would choose (rule 15). `target` has all that was written so far, durably.
+    pub fn join(&self, _barrier: &Raised<'_>, target: Arc<Target>, map: Arc<DirtyMap>) {
+        self.twin.store(Some(Arc::new(Twin::new(target, map))));
     }
 
     /// Ends [`Volume::join`].
@@ -280,16 +274,12 @@ impl Volume {
         self.twin.store(None);
     }
 
-    /// The joined twin cannot be trusted: a flush of it failed.
-    pub fn distrust_twin(&self) {
-        if let Some(twin) = &*self.twin.load() {
-            twin.failed.store(true, Relaxed);
-        }
-    }
-
-    /// True unless a change failed on the joined twin.
-    pub fn twin_is_whole(&self) -> bool {
-        self.twin.load().as_ref().is_none_or(|twin| !twin.failed.load(Relaxed))
+    /// Makes the joined target durable; true if it has all that was written. With the barrier raised: nothing is under way.
+    pub fn make_twin_durable(&self, _barrier: &Raised<'_>) -> bool {
+        self.twin.load().as_ref().is_none_or(|twin| {
+            twin.flush();
+            twin.is_whole()
+        })
     }
 
     /// Flushes the active image for the mirror's own needs.
@@ -315,14 +305,13 @@ impl Volume {
         let intent = self.intent.load();
         // Before the first byte changes (rule 2), and until the change is marked in the dirty map.
         let _passage = intent.as_ref().map(|log| log.enter(change.range()));
-        let _order = twin.as_ref().map(|twin| twin.order.lock());
+        let _order = twin.as_ref().map(|twin| twin.in_order());
         let result = match &*self.tracking.load() {
             None => change.apply(&*active.0),
             Some(tracking) => tracking.guest_change(&*active.0, change),
         };
         if let Some(twin) = &*twin {
-            if let Err(error) = change.apply(&*twin.image) {
-                twin.failed.store(true, Relaxed);
+            if let Err(error) = twin.apply(change) {
                 log::error!("{}: {error} while the cutover is undecided", self.name());
             }
         }

@@ -15,7 +15,7 @@ use crate::dirty::DirtyMap;
 use crate::error::Result;
 use crate::image::{CopyOffer, Image};
 use crate::range::{ByteRange, Granularity, Granule};
-use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use crate::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use crate::sync::{Arc, Mutex, RwLock};
 
 /// The coarse unit of the memory: 1 MiB up to 1 TiB, so that the sets stay small; 64 MiB at most.
@@ -35,8 +35,8 @@ pub struct Target {
     writes: AtomicU64,
     /// One flush at a time.
     flushing: Mutex<()>,
-    /// A flush has failed: what is read back may be in the page cache only.
-    distrusted: AtomicBool,
+    /// How many flushes have failed.
+    failed_flushes: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -56,7 +56,7 @@ impl Target {
             unproven,
             writes: AtomicU64::new(0),
             flushing: Mutex::new(()),
-            distrusted: AtomicBool::new(false),
+            failed_flushes: AtomicU64::new(0),
         }
     }
 
@@ -112,7 +112,13 @@ impl Target {
 
     /// True once a flush has failed: what is read from the target proves nothing about what its store holds.
     pub fn is_distrusted(&self) -> bool {
-        self.distrusted.load(SeqCst)
+        self.failed_flushes() > 0
+    }
+
+    /// How many flushes have failed so far, or connections were lost: the same number before a write and after a flush that succeeded
+    /// means that the write is durable, whoever else has flushed meanwhile.
+    pub fn failed_flushes(&self) -> u64 {
+        self.failed_flushes.load(SeqCst)
     }
 
     /// Flushes. When that fails, every range written since the last success is marked in `map` before this returns.
@@ -141,7 +147,7 @@ impl Target {
     /// Marks everything since the last successful flush in `map`: after a failed flush or a lost connection.
     pub fn distrust(&self, map: &DirtyMap) {
         // Before anything is dirty again: whoever copies it does not take what it reads back for proof.
-        self.distrusted.store(true, SeqCst);
+        self.failed_flushes.fetch_add(1, SeqCst);
         let sets = {
             let unproven = self.unproven.read();
             [unproven.current.clone(), unproven.flushing.clone()]

@@ -2,7 +2,7 @@
 
 use super::super::types::{CopyMode, ErrorPolicy, MirrorOptions, MirrorResult};
 use super::*;
-use crate::image::faulty::{Effect, Fault, FaultyImage, Operation};
+use crate::image::faulty::{Effect, Fault, FaultyImage, Gate, Operation};
 
 fn cut_over_under_load(mode: CopyMode) {
     let world = World::new();
@@ -54,7 +54,7 @@ fn a_write_between_the_start_and_the_first_look_is_copied() {
     let world = World::new();
     let gate = crate::image::faulty::Gate::new();
     let source = FaultyImage::new(disk(4));
-    source.add(Fault::new(Operation::Extent, Effect::After(gate.clone())).times(1));
+    source.add(Fault::new(Operation::Extent, Effect::Before(gate.clone())).times(1));
     let volume = volume("disk", source.clone());
     let target = MemoryImage::new("target", 4 << 20);
     let job = world.mirror(&volume, target.clone(), MirrorOptions::new("j", "target"));
@@ -188,46 +188,86 @@ fn a_record_that_cannot_be_put_in_place_leaves_the_old_image() {
     assert!(read_all(&*target)[..BLOCK] == block_bytes(0, 9));
 }
 
-fn undecided(fail_target: bool) -> (World, Arc<Volume>, Arc<MemoryImage>, Arc<FaultyImage>) {
+/// An undecided cutover, in which a guest writes its first block after `before` was done and before `after` is.
+fn undecided(
+    before: impl FnOnce(&FaultyImage),
+    after: impl FnOnce(&Arc<Volume>, &FaultyImage, &Job),
+) -> (World, Arc<Volume>, Arc<MemoryImage>, Arc<FaultyImage>, Result<f64>) {
     let world = World::new();
     let source = disk(4);
     let volume = volume("disk", source.clone());
     let target = FaultyImage::new(MemoryImage::new("target", 4 << 20));
     let job = world.mirror(&volume, target.clone(), MirrorOptions::new("j", "target"));
     wait_for("ready", || job.status() == JobStatus::Ready);
-    world.committer.undecided.store(2, SeqCst);
+    world.committer.undecided.store(3, SeqCst);
     let attempt = {
         let (cutovers, job) = (world.cutovers.clone(), job.clone());
         let long = Duration::from_secs(5);
         std::thread::spawn(move || cutovers.attempt(&[job], Ending::Switch, long, long))
     };
     wait_for("undecided", || volume.tracking().is_none());
-    if fail_target {
-        target.add(Fault::new(Operation::Write, Effect::Fail(libc::EIO)).times(1));
-    }
+    before(&target);
     volume.write(0, &block_bytes(0, 5), false).unwrap();
+    after(&volume, &target, &job);
     let result = attempt.join().unwrap();
-    assert_eq!(result.is_err(), fail_target, "{result:?}");
     job.wait_ended(None);
-    (world, volume, source, target)
+    (world, volume, source, target, result)
 }
 
 #[test]
 fn an_undecided_cutover_writes_both_images_until_a_record_is_durable() {
-    let (world, volume, source, target) = undecided(false);
+    let (world, volume, source, target, result) = undecided(|_| (), |_, _, _| ());
+    result.unwrap();
     assert_eq!(volume.active().name(), "target");
     assert!(read_all(&*source)[..BLOCK] == block_bytes(0, 5));
     assert!(read_all(&*target)[..BLOCK] == block_bytes(0, 5));
     assert_eq!(*world.committer.superseded.lock(), ["source"]);
 }
 
-#[test]
-fn an_undecided_cutover_whose_target_fails_is_taken_back() {
-    let (world, volume, source, _target) = undecided(true);
+fn assert_taken_back(
+    (world, volume, source, _target, result): (World, Arc<Volume>, Arc<MemoryImage>, Arc<FaultyImage>, Result<f64>),
+) {
+    assert!(result.is_err());
     assert_eq!(volume.active().name(), "source");
     assert!(read_all(&*source)[..BLOCK] == block_bytes(0, 5));
     assert!(world.committer.taken_back.load(SeqCst));
     assert!(world.committer.superseded.lock().is_empty());
+}
+
+#[test]
+fn an_undecided_cutover_whose_target_fails_is_taken_back() {
+    let failing = |target: &FaultyImage| target.add(Fault::new(Operation::Write, Effect::Fail(libc::EIO)).times(1));
+    assert_taken_back(undecided(failing, |_, _, _| ()));
+}
+
+#[test]
+fn an_undecided_cutover_is_taken_back_when_others_hear_of_a_failed_flush() {
+    // Whoever clears the intent log, say: the cutover's own flush, a moment later, succeeds.
+    assert_taken_back(undecided(
+        |_| (),
+        |_, target, job| {
+            let live = job.live().unwrap();
+            target.add(Fault::new(Operation::Flush, Effect::Fail(libc::EIO)).times(1));
+            live.target.flush(&live.map).unwrap_err();
+        },
+    ));
+}
+
+#[test]
+fn an_undecided_cutover_waits_for_a_guests_flush_that_is_about_to_fail() {
+    assert_taken_back(undecided(
+        |_| (),
+        |volume, target, _| {
+            let gate = Gate::new();
+            target.add(Fault::new(Operation::Flush, Effect::Before(gate.clone())).times(1));
+            target.add(Fault::new(Operation::Flush, Effect::Fail(libc::EIO)).times(1));
+            let guest = volume.clone();
+            std::thread::spawn(move || guest.flush().unwrap());
+            gate.wait_for_arrivals(1);
+            std::thread::sleep(Duration::from_millis(500));
+            gate.open();
+        },
+    ));
 }
 
 #[test]

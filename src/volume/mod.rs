@@ -311,7 +311,8 @@ impl Volume {
             Some(tracking) => tracking.guest_change(&*active.0, change),
         };
         if let Some(twin) = &*twin {
-            if let Err(error) = twin.apply(change) {
+            // What the disk holds after an error only the disk can tell.
+            if let Err(error) = result.clone().and_then(|()| twin.apply(change)).inspect_err(|_| twin.fail()) {
                 log::error!("{}: {error} while the cutover is undecided", self.name());
             }
         }

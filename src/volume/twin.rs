@@ -1,8 +1,8 @@
 //! The other image of an undecided cutover: it gets every change too, until a record says which of the two is the disk (rule 15).
 //!
-//! It stays whole as long as no change and no flush of it has failed. Whoever flushes it does so through the mirror's [`Target`], one at
-//! a time: an error is reported once, and may reach somebody who began before the cutover (the clearing of the intent log, a guest's
-//! flush that is late); the next flush would succeed and heal nothing.
+//! It stays whole as long as no change of either image and no flush of it has failed. Whoever flushes it does so through the mirror's
+//! [`Target`], one at a time: an error is reported once, and may reach somebody who began before the cutover (the clearing of the intent
+//! log, a guest's flush that is late); the next flush would succeed and heal nothing.
 
 use super::Change;
 use super::target::Target;
@@ -38,9 +38,14 @@ impl Twin {
     /// Makes a change that the disk has got.
     ///
     /// # Errors
-    /// The image's; it is not whole any more.
+    /// The image's; what the range holds is then unknown.
     pub(super) fn apply(&self, change: Change<'_>) -> Result<()> {
-        self.target.apply(change).inspect_err(|_| self.change_failed.store(true, SeqCst))
+        self.target.apply(change)
+    }
+
+    /// A change has failed on one of the two, and may have been made on the other.
+    pub(super) fn fail(&self) {
+        self.change_failed.store(true, SeqCst);
     }
 
     /// Makes what it got durable; when that fails it is not whole any more.

@@ -188,86 +188,113 @@ fn a_record_that_cannot_be_put_in_place_leaves_the_old_image() {
     assert!(read_all(&*target)[..BLOCK] == block_bytes(0, 9));
 }
 
-/// An undecided cutover, in which a guest writes its first block after `before` was done and before `after` is.
-fn undecided(
-    before: impl FnOnce(&FaultyImage),
-    after: impl FnOnce(&Arc<Volume>, &FaultyImage, &Job),
-) -> (World, Arc<Volume>, Arc<MemoryImage>, Arc<FaultyImage>, Result<f64>) {
-    let world = World::new();
-    let source = disk(4);
-    let volume = volume("disk", source.clone());
-    let target = FaultyImage::new(MemoryImage::new("target", 4 << 20));
-    let job = world.mirror(&volume, target.clone(), MirrorOptions::new("j", "target"));
-    wait_for("ready", || job.status() == JobStatus::Ready);
-    world.committer.undecided.store(3, SeqCst);
-    let attempt = {
-        let (cutovers, job) = (world.cutovers.clone(), job.clone());
-        let long = Duration::from_secs(5);
-        std::thread::spawn(move || cutovers.attempt(&[job], Ending::Switch, long, long))
-    };
-    wait_for("undecided", || volume.tracking().is_none());
-    before(&target);
-    volume.write(0, &block_bytes(0, 5), false).unwrap();
-    after(&volume, &target, &job);
-    let result = attempt.join().unwrap();
-    job.wait_ended(None);
-    (world, volume, source, target, result)
+/// What an undecided cutover works with.
+struct Undecided {
+    world: World,
+    volume: Arc<Volume>,
+    source: Arc<FaultyImage>,
+    target: Arc<FaultyImage>,
+    job: Arc<Job>,
+}
+
+impl Undecided {
+    /// A cutover that stays undecided until `meanwhile` has been done.
+    fn during(meanwhile: impl FnOnce(&Self)) -> (Self, Result<f64>) {
+        let world = World::new();
+        let source = FaultyImage::new(disk(4));
+        let volume = volume("disk", source.clone());
+        let target = FaultyImage::new(MemoryImage::new("target", 4 << 20));
+        let job = world.mirror(&volume, target.clone(), MirrorOptions::new("j", "target"));
+        wait_for("ready", || job.status() == JobStatus::Ready);
+        world.committer.undecided.store(u64::MAX, SeqCst);
+        let attempt = {
+            let (cutovers, job) = (world.cutovers.clone(), job.clone());
+            let long = Duration::from_secs(5);
+            std::thread::spawn(move || cutovers.attempt(&[job], Ending::Switch, long, long))
+        };
+        wait_for("undecided", || volume.tracking().is_none());
+        let this = Undecided { world, volume, source, target, job };
+        meanwhile(&this);
+        // The one after the next succeeds.
+        this.world.committer.undecided.store(2, SeqCst);
+        let result = attempt.join().unwrap();
+        this.job.wait_ended(None);
+        (this, result)
+    }
+
+    fn write(&self) -> Result<()> {
+        self.volume.write(0, &block_bytes(0, 5), false).map(|_| ())
+    }
+
+    fn fail_once(image: &FaultyImage, operation: Operation) {
+        image.add(Fault::new(operation, Effect::Fail(libc::EIO)).times(1));
+    }
+
+    fn assert_taken_back(meanwhile: impl FnOnce(&Self)) {
+        let (this, result) = Self::during(meanwhile);
+        assert!(result.is_err());
+        assert_eq!(this.volume.active().name(), "source");
+        assert!(this.world.committer.taken_back.load(SeqCst));
+        assert!(this.world.committer.superseded.lock().is_empty());
+    }
 }
 
 #[test]
 fn an_undecided_cutover_writes_both_images_until_a_record_is_durable() {
-    let (world, volume, source, target, result) = undecided(|_| (), |_, _, _| ());
+    let (this, result) = Undecided::during(|this| this.write().unwrap());
     result.unwrap();
-    assert_eq!(volume.active().name(), "target");
-    assert!(read_all(&*source)[..BLOCK] == block_bytes(0, 5));
-    assert!(read_all(&*target)[..BLOCK] == block_bytes(0, 5));
-    assert_eq!(*world.committer.superseded.lock(), ["source"]);
-}
-
-fn assert_taken_back(
-    (world, volume, source, _target, result): (World, Arc<Volume>, Arc<MemoryImage>, Arc<FaultyImage>, Result<f64>),
-) {
-    assert!(result.is_err());
-    assert_eq!(volume.active().name(), "source");
-    assert!(read_all(&*source)[..BLOCK] == block_bytes(0, 5));
-    assert!(world.committer.taken_back.load(SeqCst));
-    assert!(world.committer.superseded.lock().is_empty());
+    assert_eq!(this.volume.active().name(), "target");
+    assert!(read_all(&*this.source)[..BLOCK] == block_bytes(0, 5));
+    assert!(read_all(&*this.target)[..BLOCK] == block_bytes(0, 5));
+    assert_eq!(*this.world.committer.superseded.lock(), ["source"]);
 }
 
 #[test]
 fn an_undecided_cutover_whose_target_fails_is_taken_back() {
-    let failing = |target: &FaultyImage| target.add(Fault::new(Operation::Write, Effect::Fail(libc::EIO)).times(1));
-    assert_taken_back(undecided(failing, |_, _, _| ()));
+    Undecided::assert_taken_back(|this| {
+        Undecided::fail_once(&this.target, Operation::Write);
+        this.write().unwrap();
+        assert!(read_all(&*this.source)[..BLOCK] == block_bytes(0, 5));
+    });
+}
+
+#[test]
+fn an_undecided_cutover_whose_source_fails_is_taken_back() {
+    // What the guest reads after its error, it must read for ever: the target would have something else.
+    Undecided::assert_taken_back(|this| {
+        Undecided::fail_once(&this.source, Operation::Write);
+        this.write().unwrap_err();
+    });
 }
 
 #[test]
 fn an_undecided_cutover_is_taken_back_when_others_hear_of_a_failed_flush() {
     // Whoever clears the intent log, say: the cutover's own flush, a moment later, succeeds.
-    assert_taken_back(undecided(
-        |_| (),
-        |_, target, job| {
-            let live = job.live().unwrap();
-            target.add(Fault::new(Operation::Flush, Effect::Fail(libc::EIO)).times(1));
-            live.target.flush(&live.map).unwrap_err();
-        },
-    ));
+    Undecided::assert_taken_back(|this| {
+        let live = this.job.live().unwrap();
+        this.write().unwrap();
+        // Each of the cutover's own attempts flushes too, and may be the one that hears of it.
+        Undecided::fail_once(&this.target, Operation::Flush);
+        let _ = live.target.flush(&live.map);
+    });
 }
 
 #[test]
 fn an_undecided_cutover_waits_for_a_guests_flush_that_is_about_to_fail() {
-    assert_taken_back(undecided(
-        |_| (),
-        |volume, target, _| {
-            let gate = Gate::new();
-            target.add(Fault::new(Operation::Flush, Effect::Before(gate.clone())).times(1));
-            target.add(Fault::new(Operation::Flush, Effect::Fail(libc::EIO)).times(1));
-            let guest = volume.clone();
-            std::thread::spawn(move || guest.flush().unwrap());
-            gate.wait_for_arrivals(1);
-            std::thread::sleep(Duration::from_millis(500));
-            gate.open();
-        },
-    ));
+    Undecided::assert_taken_back(|this| {
+        let gate = Gate::new();
+        this.write().unwrap();
+        this.target.add(Fault::new(Operation::Flush, Effect::Before(gate.clone())).times(1));
+        Undecided::fail_once(&this.target, Operation::Flush);
+        let guest = this.volume.clone();
+        let flush = std::thread::spawn(move || guest.flush());
+        gate.wait_for_arrivals(1);
+        // Now the record could become durable.
+        this.world.committer.undecided.store(1, SeqCst);
+        std::thread::sleep(Duration::from_millis(500));
+        gate.open();
+        flush.join().unwrap().unwrap();
+    });
 }
 
 #[test]

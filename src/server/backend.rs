@@ -126,15 +126,13 @@ impl Server {
 
     /// The mirror of `volume`, also one that waits for its target.
     pub(super) fn mirror_of(&self, volume: &Volume) -> Option<JobInfo> {
-        let running = || self.jobs.running(volume).map(|job| job.info());
-        let waiting = || {
+        let waiting = {
             let list = self.unfinished.lock();
-            let left = list.iter().find(|left| std::ptr::eq(&*left.volume, volume))?.clone();
-            drop(list);
-            Some(left.info(&self.ledger.mirror(volume.name())?))
+            list.iter().find(|left| std::ptr::eq(&*left.volume, volume)).cloned()
         };
-        // One that goes on is a job before it is no longer waiting: it may have become one since the first look.
-        running().or_else(waiting).or_else(running)
+        // First: one that goes on is a job before it is no longer waiting, and as a job it is for a moment neither paused nor going on.
+        let waiting = waiting.and_then(|left| Some(left.info(&self.ledger.mirror(volume.name())?)));
+        waiting.or_else(|| self.jobs.running(volume).map(|job| job.info()))
     }
 
     fn volume_status(&self, volume: &Arc<Volume>) -> VolumeStatus {
@@ -238,12 +236,15 @@ impl Backend for Server {
     }
 
     fn jobs(&self) -> Vec<JobInfo> {
-        // First: one that goes on meanwhile is a job before it is no longer waiting, and so is in one list at least.
+        // As in `mirror_of`.
         let waiting = self.unfinished.lock().clone();
-        let mut infos: Vec<_> = self.jobs.all().iter().map(|job| job.info()).collect();
-        for left in &waiting {
-            let info = self.ledger.mirror(left.volume.name()).map(|record| left.info(&record));
-            infos.extend(info.filter(|info| infos.iter().all(|known| known.job_id != info.job_id)));
+        let info = |left: &Arc<Unfinished>| Some(left.info(&self.ledger.mirror(left.volume.name())?));
+        let mut infos: Vec<_> = waiting.iter().filter_map(info).collect();
+        for job in self.jobs.all() {
+            let info = job.info();
+            if infos.iter().all(|known| known.job_id != info.job_id) {
+                infos.push(info);
+            }
         }
         self.heartbeat.note();
         infos
@@ -268,7 +269,13 @@ impl Backend for Server {
 
     fn cancel(&self, job_id: &str, mode: CancelMode, keep_target: bool) -> Result<()> {
         match self.unfinished_of(job_id) {
-            Some((left, record)) if self.jobs.find(job_id).is_none() => self.give_up(&left, &record),
+            Some((left, record)) if self.jobs.find(job_id).is_none() => {
+                self.give_up(&left, &record).or_else(|error| match self.jobs.find(job_id) {
+                    // It went on meanwhile.
+                    Some(job) => job.cancel(mode, keep_target),
+                    None => Err(error),
+                })
+            }
             _ => self.job(job_id)?.cancel(mode, keep_target),
         }
     }

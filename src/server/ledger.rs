@@ -8,7 +8,7 @@ use std::path::Path;
 use super::opening::locked_descriptor;
 use crate::error::{Error, Result};
 use crate::fuse::KeeperLink;
-use crate::image::{DescriptorRole, Image, sync_parent_directory};
+use crate::image::{DescriptorRole, Identity, Image, sync_parent_directory};
 use crate::mirror::cutover::{CommitFailure, Committer, Ending, PreparedRecord, Switch};
 use crate::mirror::types::{LastMirror, MirrorResult};
 use crate::state::{CommitError, Mark, Marks, MountState, PairMark, Prepared, Store, VolumeState};
@@ -166,35 +166,49 @@ impl Ledger {
         }
     }
 
-    /// The record with `switches` made, or their mirrors ended without one. Generations rise above every mark that the new images
-    /// carry.
-    fn with(&self, state: &MountState, switches: &[Switch], ending: Ending) -> Result<MountState> {
-        let mut next = state.clone();
-        for switch in switches {
-            let result = match ending {
-                Ending::Switch => MirrorResult::Completed,
-                Ending::Copy => MirrorResult::Finished,
-            };
-            if let Some(volume) = next.volume_mut(switch.volume.name()) {
-                volume.mirror_ended(switch.new.name(), result);
-            }
-            if ending == Ending::Copy {
-                continue;
-            }
+    /// What `switches` need to know of the new images. Asks them, and so takes as long as they take: without locks.
+    fn look_at(&self, switches: &[Switch]) -> Result<Vec<Found>> {
+        let look = |switch: &Switch| {
             let identity = switch.new.identity()?;
-            let mark = match locked_descriptor(&*switch.new) {
-                Some(descriptor) => self.marks.read_mark(descriptor, &identity).unwrap_or(None),
-                None => None,
-            };
-            let name = switch.volume.name();
-            let volume = next.volume_mut(name).ok_or_else(|| Error::usage("no such volume in the record:").on(name))?;
-            volume.generation = volume.generation.max(mark.map_or(0, |mark| mark.generation));
-            let size_bytes = switch.volume.size_bytes();
-            volume.size_bytes = (switch.new.size_bytes() > size_bytes).then_some(size_bytes);
-            volume.cut_over(switch.new.name().to_owned(), identity, switch.new.format());
-        }
-        Ok(next)
+            let mark = locked_descriptor(&*switch.new)
+                .and_then(|descriptor| self.marks.read_mark(descriptor, &identity).unwrap_or(None));
+            Ok(Found { identity, generation: mark.map_or(0, |mark| mark.generation) })
+        };
+        switches.iter().map(look).collect()
     }
+}
+
+/// A new image of a switch.
+struct Found {
+    identity: Identity,
+    /// That of the mark it carries.
+    generation: u64,
+}
+
+/// The record with `switches` made. Generations rise above every mark that the new images carry.
+fn switched(state: &MountState, switches: &[Switch], found: Vec<Found>) -> Result<MountState> {
+    let mut next = state.clone();
+    for (switch, found) in switches.iter().zip(found) {
+        let name = switch.volume.name();
+        let volume = next.volume_mut(name).ok_or_else(|| Error::usage("no such volume in the record:").on(name))?;
+        volume.mirror_ended(switch.new.name(), MirrorResult::Completed);
+        volume.generation = volume.generation.max(found.generation);
+        let size_bytes = switch.volume.size_bytes();
+        volume.size_bytes = (switch.new.size_bytes() > size_bytes).then_some(size_bytes);
+        volume.cut_over(switch.new.name().to_owned(), found.identity, switch.new.format());
+    }
+    Ok(next)
+}
+
+/// The record in which the mirrors of `switches` have left copies.
+fn finished(state: &MountState, switches: &[Switch]) -> MountState {
+    let mut next = state.clone();
+    for switch in switches {
+        if let Some(volume) = next.volume_mut(switch.volume.name()) {
+            volume.mirror_ended(switch.new.name(), MirrorResult::Finished);
+        }
+    }
+    next
 }
 
 impl Committer for LedgerCommitter {
@@ -210,10 +224,14 @@ impl Committer for LedgerCommitter {
             // Parked before the record can name it: a server that dies right after the rename finds it.
             ledger.park(&*switch.new);
         }
+        let found = if ending == Ending::Switch { ledger.look_at(switches)? } else { Vec::new() };
         // Under the lock: a change of the record after the copy was taken is noticed by the commit.
         let changes = ledger.saving.lock();
         let state = ledger.state.lock().clone();
-        let next = ledger.with(&state, switches, ending)?;
+        let next = match ending {
+            Ending::Switch => switched(&state, switches, found)?,
+            Ending::Copy => finished(&state, switches),
+        };
         let prepared = ledger.store.prepare(&next)?;
         Ok(Box::new(LedgerRecord { ledger: ledger.clone(), prepared, next, changes: *changes }))
     }
@@ -227,10 +245,11 @@ impl Committer for LedgerCommitter {
     }
 
     fn settle(&self, switches: &[Switch], made: bool) -> Result<()> {
+        let found = if made { self.0.look_at(switches)? } else { Vec::new() };
         let mut changes = self.0.saving.lock();
         *changes += 1;
         let state = self.0.state.lock().clone();
-        let next = if made { self.0.with(&state, switches, Ending::Switch)? } else { state };
+        let next = if made { switched(&state, switches, found)? } else { state };
         self.0.store.save(&next).map_err(Error::from)?;
         *self.0.state.lock() = next;
         Ok(())

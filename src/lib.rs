@@ -14,6 +14,7 @@
 //! | granule | the unit of dirty tracking, 64 KiB unless told otherwise |
 //! | dirty map | one bit for each granule: set = the target may differ from the source here |
 //! | intent log | its durable, coarse shadow: one bit for each *region* of 1 MiB or more |
+//! | block | a part of a granule, a page at least: which of them were written is known where granules were copied before |
 //! | claim | granules that a copier took from the dirty map (bits cleared) and has not finished |
 //! | hold | bytes that a synchronous guest write keeps to itself while it goes to both images |
 //! | copy mode | `background`: the guest waits for the source only; `write-blocking`: for both; `auto`: the job chooses |

@@ -25,11 +25,14 @@ pub struct Claim {
     start: u64,
     end: u64,
     finished: bool,
+    /// Of the granules before `taken_to`: see [`Claim::parts`].
+    parts: Vec<ByteRange>,
+    taken_to: u64,
 }
 
 impl Claim {
     pub(super) fn new(map: Arc<DirtyMap>, start: u64, end: u64) -> Self {
-        Claim { map, start, end, finished: false }
+        Claim { map, start, end, finished: false, parts: Vec::new(), taken_to: start }
     }
 
     /// The numbers of its granules.
@@ -77,6 +80,20 @@ impl Claim {
         map.bytes_of(before, self.end)
     }
 
+    /// What of it is to be copied, in order, as far as it lies inside the disk: all of it, but for blocks that nobody has written since
+    /// they were copied last (see [`DirtyMap::with_blocks`]). What is no more than `gap_bytes` apart is one part. Ask before the source is
+    /// read.
+    pub fn parts(&mut self, gap_bytes: u64) -> Vec<ByteRange> {
+        let new = self.taken_to..self.end;
+        self.taken_to = self.taken_to.max(self.end);
+        match &self.map.blocks {
+            Some(blocks) => blocks.take(new, gap_bytes, &mut self.parts),
+            None => self.parts = vec![self.range()],
+        }
+        let range = self.range();
+        self.parts.iter().map(|part| part.intersect(range)).filter(|part| !part.is_empty()).collect()
+    }
+
     /// Gives back the granules that lie wholly at or after `byte`: they are dirty again, then free. May leave it empty.
     pub fn truncate(&mut self, byte: u64) {
         let granularity = self.map.granularity();
@@ -95,8 +112,15 @@ impl Claim {
             return;
         }
         if mark {
-            self.map.bits.set(keep, self.end);
+            let taken = keep..self.taken_to.clamp(keep, self.end);
+            self.map.set(self.map.bytes_of(taken.start, taken.end), taken.clone());
+            // Their blocks were not touched.
+            self.map.bits.set(taken.end, self.end);
         }
+        self.taken_to = self.taken_to.min(keep);
+        let kept = self.map.bytes_of(self.start, keep);
+        self.parts.iter_mut().for_each(|part| *part = part.intersect(kept));
+        self.parts.retain(|part| !part.is_empty());
         let mut busy = self.map.busy.lock();
         busy.claims.remove(self.start);
         busy.claims.insert(self.start, keep);

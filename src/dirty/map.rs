@@ -21,12 +21,14 @@
 //! Lock order: the map's mutex is a leaf. Nothing is called while it is held but the `stop` of [`DirtyMap::wait_for_work`].
 
 use std::fmt;
+use std::ops::Range;
 
 use crate::range::{ByteRange, Granularity, Granule};
 use crate::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use crate::sync::{Arc, Condvar, Instant, Mutex, wait_until};
 
 use super::bits::BitTree;
+use super::blocks::Blocks;
 use super::busy::{Busy, touched_granules};
 use super::{Claim, Hold};
 
@@ -46,6 +48,8 @@ pub struct DirtyMap {
     size_bytes: u64,
     granularity: Granularity,
     pub(super) bits: BitTree,
+    /// Which parts of dirty granules differ, where that is known.
+    pub(super) blocks: Option<Blocks>,
     pub(super) busy: Mutex<Busy>,
     /// Something was released, or a waiter for a hold left.
     hold_freed: Condvar,
@@ -58,11 +62,23 @@ impl DirtyMap {
     /// A map for a disk of `size_bytes`, all clean. The size is fixed. Memory: 16 bytes for 2^24 granules (1 TiB of 64 KiB
     /// granules); beyond that, 4 KiB for each 2^15 granules among which one was ever dirty.
     pub fn new(size_bytes: u64, granularity: Granularity) -> Arc<Self> {
+        Self::make(size_bytes, granularity, None)
+    }
+
+    /// A map that knows of granules of which a part was marked which blocks of `block_bytes` bytes that was, if a granule has 2 to 16 of
+    /// them: see [`Claim::parts`]. Memory: 64 KiB more for each 2^15 granules of which a part was ever marked, 16 MiB at most; past that,
+    /// granules are whole.
+    pub fn with_blocks(size_bytes: u64, granularity: Granularity, block_bytes: u64) -> Arc<Self> {
+        Self::make(size_bytes, granularity, Blocks::new(size_bytes, granularity, block_bytes))
+    }
+
+    fn make(size_bytes: u64, granularity: Granularity, blocks: Option<Blocks>) -> Arc<Self> {
         let (bits, turn) = BitTree::new(granularity.count(size_bytes));
         Arc::new(DirtyMap {
             size_bytes,
             granularity,
             bits,
+            blocks,
             busy: Mutex::new(Busy::new(turn)),
             hold_freed: Condvar::new(),
             work_arrived: Condvar::new(),
@@ -88,8 +104,9 @@ impl DirtyMap {
     /// Marks every granule that `range` touches, those that it covers partly too; what lies past the disk's end is passed
     /// over. True if any of them was clean. Takes no lock while no copier sleeps.
     pub fn mark(&self, range: ByteRange) -> bool {
-        let granules = touched_granules(self.clip(range), self.granularity);
-        let newly = self.bits.set(granules.start, granules.end) > 0;
+        let range = self.clip(range);
+        let granules = touched_granules(range, self.granularity);
+        let newly = self.set(range, granules) > 0;
         // Whoever set a bit first wakes the sleepers: bits that were set already have been announced, or are about to be.
         if newly && self.sleepers.load(SeqCst) > 0 {
             // A sleeper that has counted itself may not sleep yet: it does when the lock is free.
@@ -97,6 +114,14 @@ impl DirtyMap {
             self.work_arrived.notify_all();
         }
         newly
+    }
+
+    /// Sets the bits of `granules`, of which `range` is to be copied. How many were not set.
+    pub(super) fn set(&self, range: ByteRange, granules: Range<u64>) -> u64 {
+        if let Some(blocks) = &self.blocks {
+            blocks.mark(range, &granules);
+        }
+        self.bits.set(granules.start, granules.end)
     }
 
     /// True if `granule` is dirty. Granules in a claim are not, unless they were marked again.

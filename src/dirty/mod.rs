@@ -4,8 +4,9 @@
 //! - [`claim`]: granules in a copier's hands;
 //! - [`hold`]: bytes that a synchronous guest write keeps to itself;
 //! - [`intent`]: the durable, coarse shadow of the map, which a power cut leaves true;
-//! - `bits` and `busy`: what the map is made of.
+//! - `bits`, `blocks` and `busy`: what the map is made of.
 mod bits;
+mod blocks;
 mod busy;
 pub mod claim;
 pub mod hold;
@@ -17,6 +18,8 @@ pub use hold::Hold;
 pub use intent::{Clearing, IntentLog};
 pub use map::{DirtyMap, Wake};
 
+#[cfg(all(test, not(shuttle)))]
+mod block_tests;
 #[cfg(all(test, shuttle))]
 mod shuttle_tests;
 #[cfg(all(test, not(shuttle)))]

@@ -280,3 +280,60 @@ fn both_images_agree_once_in_sync() {
         }
     });
 }
+
+/// A disk of two granules with four blocks each, and its copy: what a marker has written is on the copy once everything was claimed.
+#[test]
+fn no_written_block_is_left_out() {
+    const BLOCKS: u64 = 8;
+    const BLOCK: u64 = GRANULE / 4;
+    let disk = || -> Arc<Vec<AtomicU64>> { Arc::new((0..BLOCKS).map(|_| AtomicU64::new(0)).collect()) };
+    shuttle::check_random(
+        move || {
+            let map = DirtyMap::with_blocks(2 * GRANULE, Granularity::new(GRANULE).unwrap(), BLOCK);
+            let (source, target) = (disk(), disk());
+            let copy = |map: &Arc<DirtyMap>, source: &[AtomicU64], target: &[AtomicU64]| {
+                let Some(mut claim) = map.claim(Granule(0), 2) else { return false };
+                for part in claim.parts(0) {
+                    for block in part.start() / BLOCK..part.end() / BLOCK {
+                        target[block as usize].store(source[block as usize].load(SeqCst), SeqCst);
+                    }
+                }
+                claim.finish();
+                true
+            };
+            // Of both it is known what differs: nothing.
+            map.mark(ByteRange::new(0, 1));
+            map.mark(ByteRange::new(GRANULE, 1));
+            while copy(&map, &source, &target) {}
+            // Parts of the first granule; all of it; a part with the whole of the next.
+            let writers: Vec<_> = [1..2, 3..4, 0..4, 2..8]
+                .into_iter()
+                .zip(1..)
+                .map(|(blocks, value): (Range<u64>, u64)| {
+                    let (map, source) = (Arc::clone(&map), Arc::clone(&source));
+                    thread::spawn(move || {
+                        for block in blocks.clone() {
+                            source[block as usize].store(value, SeqCst);
+                        }
+                        map.mark(ByteRange::from_bounds(blocks.start * BLOCK, blocks.end * BLOCK));
+                    })
+                })
+                .collect();
+            let copier = {
+                let (map, source, target) = (Arc::clone(&map), Arc::clone(&source), Arc::clone(&target));
+                thread::spawn(move || {
+                    for _ in 0..12 {
+                        copy(&map, &source, &target);
+                    }
+                })
+            };
+            writers.into_iter().for_each(|writer| writer.join().unwrap());
+            copier.join().unwrap();
+            while copy(&map, &source, &target) {}
+            for (block, (source, target)) in source.iter().zip(&*target).enumerate() {
+                assert_eq!(source.load(SeqCst), target.load(SeqCst), "block {block}");
+            }
+        },
+        4 * SCHEDULES,
+    );
+}

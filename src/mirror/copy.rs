@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! budget in hand -> claim (bits cleared, rule 3) -> share blocks, where that is possible (`share`)
-//!                                                -> ask for extents -> Data: read, leave out zero blocks, write
+//!                                                -> for each part: ask for extents -> Data: read, leave out zero blocks, write
 //!                                                                  -> hole: free or zero the target
 //!                -> finish,  or drop (marked again) on any error
 //! ```
@@ -26,6 +26,8 @@ pub(super) const PIECE_BYTES: u64 = 1 << 20;
 const THIN_STRIDE_BYTES: u64 = 1 << 30;
 /// ... and up to this where zeroes may really be written.
 const ZERO_STRIDE_BYTES: u64 = 16 << 20;
+/// What nobody has changed between two changes is copied with them up to this length: less than what two requests cost.
+const GAP_BYTES: u64 = 16 << 10;
 /// The smallest run of zero bytes within data that is left out of the target.
 const ZERO_BLOCK_BYTES: usize = 4096;
 
@@ -76,7 +78,9 @@ pub(super) fn run(job: &Job, live: &Live) {
         job.pacer.refund(piece.saturating_sub(data_bytes));
         match result {
             Ok(()) => {
+                let cleared = claim.range().len();
                 claim.finish();
+                job.counters.cleared.fetch_add(cleared, Relaxed);
                 job.counters.copied.fetch_add(data_bytes + shared_bytes.unwrap_or(0), Relaxed);
                 if careful {
                     let _ = job.counters.careful.fetch_update(Relaxed, Relaxed, |left| left.checked_sub(1));
@@ -100,15 +104,27 @@ fn copy_claim(
     (buffer, held): (&mut [u8], &mut [u8]),
     data_bytes: &mut u64,
 ) -> Result<(), Failure> {
-    let disk = ByteRange::new(0, live.map.size_bytes());
-    let first = live.source.extent_within(claim.range().intersect(disk));
-    if first.status != ExtentStatus::Data && first.range.end() > claim.range().end() {
-        let thin = live.target.image().properties().thin_zeroing;
-        let stride = if thin { THIN_STRIDE_BYTES } else { ZERO_STRIDE_BYTES };
-        // More bits are cleared here: the loop below asks anew for all of the claim.
-        claim.extend(first.range.end().min(claim.range().start() + stride));
+    let mut parts = claim.parts(GAP_BYTES);
+    if parts == [claim.range()] {
+        let first = live.source.extent_within(claim.range());
+        if first.status != ExtentStatus::Data && first.range.end() > claim.range().end() {
+            let thin = live.target.image().properties().thin_zeroing;
+            let stride = if thin { THIN_STRIDE_BYTES } else { ZERO_STRIDE_BYTES };
+            // More bits are cleared here: what follows asks anew for all of the claim.
+            claim.extend(first.range.end().min(claim.range().start() + stride));
+            parts = claim.parts(GAP_BYTES);
+        }
     }
-    let range = claim.range().intersect(disk);
+    parts.into_iter().try_for_each(|part| copy_part(job, live, part, (buffer, held), data_bytes))
+}
+
+fn copy_part(
+    job: &Job,
+    live: &Live,
+    range: ByteRange,
+    (buffer, held): (&mut [u8], &mut [u8]),
+    data_bytes: &mut u64,
+) -> Result<(), Failure> {
     let mut at = range.start();
     while at < range.end() {
         if job.stopping.load(SeqCst) {

@@ -34,6 +34,7 @@ impl Job {
         }
         // Of what was shared nothing follows for what must be copied.
         state.drain.sample(copied_bytes.saturating_sub(self.sharing.shared_bytes()));
+        state.clearing.sample(self.counters.cleared.load(Relaxed));
         state.dirtying.sample(dirtied);
         let gain = state.drain.bytes_per_second().saturating_sub(state.dirtying.bytes_per_second());
         let eta_seconds = match (state.ready, gain) {

@@ -84,6 +84,8 @@ pub(super) struct Counters {
     /// Everything before it has been scanned: what is not dirty there does not differ.
     pub(super) scanned_to: AtomicU64,
     pub(super) copied: AtomicU64,
+    /// Of the granules of claims that went well, however little of them was copied.
+    pub(super) cleared: AtomicU64,
     pub(super) zeroed: AtomicU64,
     pub(super) discarded: AtomicU64,
     pub(super) skipped: AtomicU64,
@@ -117,6 +119,8 @@ pub(super) struct State {
     /// A guest gave up waiting for the target then.
     pub(super) stalled_at: Option<Instant>,
     pub(super) drain: RateMeter,
+    /// How fast granules become clean.
+    pub(super) clearing: RateMeter,
     pub(super) dirtying: RateMeter,
     /// Scanner and copiers that have not ended.
     pub(super) threads: usize,

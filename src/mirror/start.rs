@@ -23,6 +23,8 @@ use crate::volume::tracking::Tracking;
 const BARRIER_PATIENCE: Duration = Duration::from_secs(2);
 
 const SECTOR_BYTES: u64 = 512;
+/// The smallest block that is told apart in a granule.
+const BLOCK_BYTES: u64 = 4096;
 
 /// What a job needs besides its options.
 pub struct Setting {
@@ -68,6 +70,13 @@ pub fn default_granularity(target: &dyn Image) -> Granularity {
     cluster.and_then(|bytes| Granularity::new(bytes.clamp(4 << 10, 64 << 10))).unwrap_or(Granularity::DEFAULT)
 }
 
+/// The unit in which changes of a part of a granule are told apart: a page, and what the target has to change at once.
+fn block_bytes(granularity: Granularity, target: &dyn Image) -> u64 {
+    let properties = target.properties();
+    let cluster = properties.cluster_bytes.filter(|_| target.format() != Format::Raw).unwrap_or(1);
+    BLOCK_BYTES.max(granularity.bytes() / 16).max(properties.request_alignment).max(cluster)
+}
+
 /// Starts a job; returns once tracking is on. Emits `created` and `running`. `register` gets the job before anybody hears of it.
 ///
 /// # Errors
@@ -85,7 +94,7 @@ pub fn start(options: MirrorOptions, setting: Setting, register: impl FnOnce(&Ar
         return Err(Error::new(ErrorKind::Failed, text).on(target.name()));
     }
     let granularity = options.granularity.unwrap_or_else(|| default_granularity(&*target));
-    let map = DirtyMap::new(size_bytes, granularity);
+    let map = DirtyMap::with_blocks(size_bytes, granularity, block_bytes(granularity, &*target));
     let target = Arc::new(Target::new(target, size_bytes));
     let synchronous = options.copy_mode == CopyMode::WriteBlocking;
     let state = State {
@@ -104,6 +113,7 @@ pub fn start(options: MirrorOptions, setting: Setting, register: impl FnOnce(&Ar
         error_event_at: None,
         stalled_at: None,
         drain: RateMeter::new(resumed.map_or(0, |resumed| resumed.copied)),
+        clearing: RateMeter::new(0),
         dirtying: RateMeter::new(0),
         threads: 0,
         epitaph: None,

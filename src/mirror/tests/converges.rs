@@ -28,6 +28,31 @@ fn a_sparse_disk_stays_sparse_and_holes_cost_nothing() {
 }
 
 #[test]
+fn a_small_write_costs_a_small_copy() {
+    let world = World::new();
+    let source = disk(4);
+    source.write_at(0, &vec![7; 4 << 20]).unwrap();
+    let volume = volume("disk", source.clone());
+    let target = MemoryImage::new("target", 4 << 20);
+    let options = MirrorOptions { copy_mode: CopyMode::Background, ..MirrorOptions::new("j", "target") };
+    let job = world.mirror(&volume, target.clone(), options);
+    wait_for("ready", || job.status() == JobStatus::Ready);
+    let write_everywhere = |round: u64| {
+        let before = job.info().copied_bytes;
+        for granule in 0..64 {
+            volume.write(granule << 16, &block_bytes(granule << 16, round), false).unwrap();
+        }
+        wait_for("in sync", || job.info().in_sync);
+        job.info().copied_bytes - before
+    };
+    write_everywhere(1);
+    // From now on it is known what was copied before. Each is copied once, or twice if it was written at that moment.
+    let copied = write_everywhere(2);
+    assert!((64 * BLOCK as u64..=128 * BLOCK as u64).contains(&copied), "{copied}");
+    assert!(read_all(&*source) == read_all(&*target));
+}
+
+#[test]
 fn a_reused_target_full_of_old_data_ends_equal_and_as_thin() {
     let world = World::new();
     let source = disk(16);

@@ -8,6 +8,8 @@ use livemirror::fuse;
 use livemirror::sys::process;
 
 fn main() -> ExitCode {
+    // Some programs ignore it and pass that on: then no child's end can be waited for.
+    process::reset_child_signal();
     let words: Vec<_> = std::env::args_os().skip(1).collect();
     let verb = words.first().and_then(|verb| verb.to_str()).unwrap_or_default();
     // What runs unattended logs its doings; a command says only what its user must know.

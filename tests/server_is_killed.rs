@@ -3,8 +3,8 @@
 
 mod common;
 
-use std::fs::File;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::fs::{self, File, Permissions};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -184,6 +184,29 @@ fn while_mirroring(mode: &str, habits: Habits, kills: u64) -> Vec<Duration> {
     drop(held);
     let last = story.images[1].clone();
     story.end(&last)
+}
+
+/// Some programs ignore the end of their children, and pass that on to what they start.
+#[test]
+fn where_whoever_mounted_ignores_children() {
+    let place = Place::in_memory();
+    let image = place.random("a.img", 1 << 20, 1);
+    let wrapper = place.at("ignores-children");
+    fs::write(&wrapper, format!("#!/bin/sh\ntrap '' CHLD\nexec {} \"$@\"\n", env!("CARGO_BIN_EXE_livemirror")))
+        .expect("write");
+    fs::set_permissions(&wrapper, Permissions::from_mode(0o755)).expect("chmod");
+    let mut mounted = Mount::of(&place, [&image]).by_program(&wrapper).start();
+    let disk = File::open(mounted.first_disk()).expect("open");
+    for _ in 0..2 {
+        let killed = mounted.server_pid;
+        kill(Pid::from_raw(killed), Signal::SIGKILL).expect("kill");
+        let mut byte = [0];
+        disk.read_exact_at(&mut byte, 0).expect("another server answers");
+        mounted.note_processes();
+        assert_ne!(mounted.server_pid, killed);
+    }
+    drop(disk);
+    mounted.unmount();
 }
 
 #[test]

@@ -145,6 +145,10 @@ impl Process {
                 Ok(Some(Ending { text: format!("was killed by {signal}"), success: false, crashed: is_crash(signal) }))
             }
             Ok(_) | Err(nix::errno::Errno::EINTR) => Ok(None),
+            // Somebody else has reaped it.
+            Err(nix::errno::Errno::ECHILD) => {
+                Ok(Some(Ending { text: "ended (how, is not known)".into(), success: false, crashed: false }))
+            }
             Err(errno) => Err(Error::io("cannot wait for the server", &errno.into())),
         }
     }

@@ -36,6 +36,15 @@ pub fn leave(code: u8) -> ! {
     unsafe { libc::_exit(i32::from(code)) }
 }
 
+/// Lets this process wait for its children: who ignores SIGCHLD passes that on over exec, and the kernel then reaps them itself
+/// (sigaction(2)).
+pub fn reset_child_signal() {
+    // SAFETY: sets no handler: the default disposition takes no code and no data of ours.
+    unsafe {
+        libc::signal(libc::SIGCHLD, libc::SIG_DFL);
+    }
+}
+
 /// A descriptor of the process `pid` (close-on-exec): poll(2) says POLLIN once it has ended with all its threads, whoever
 /// its parent is.
 ///

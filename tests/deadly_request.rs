@@ -40,9 +40,8 @@ impl Killer {
 
 impl Drop for Killer {
     fn drop(&mut self) {
-        // Told to end, it lets go of what it traces; killed, it would do so too.
-        let pid = nix::unistd::Pid::from_raw(i32::try_from(self.0.id()).expect("a pid"));
-        let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT);
+        // The kernel lets go of what it traces. Told to end, it would wait for a keeper that waits in vfork(2) for a child that is stopped.
+        let _ = self.0.kill();
         let _ = self.0.wait();
     }
 }

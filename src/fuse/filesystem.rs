@@ -9,7 +9,6 @@
 //! EOPNOTSUPP: an FSYNC, FALLOCATE or LSEEK must reach us always.
 
 use std::ffi::OsStr;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use fuser::{
@@ -33,21 +32,6 @@ const HANDLE: FileHandle = FileHandle(0);
 const GENERATION: Generation = Generation(0);
 const STATFS_BLOCK_BYTES: u32 = 4096;
 
-/// Set once this process has answered a request.
-static ANSWERED: AtomicBool = AtomicBool::new(false);
-
-/// True once this process has answered a request about a disk: then no single request is what kills it at once.
-pub fn has_answered() -> bool {
-    ANSWERED.load(Ordering::Relaxed)
-}
-
-/// Notes that a request was answered. One load for all but the first.
-fn answered() {
-    if !has_answered() {
-        ANSWERED.store(true, Ordering::Relaxed);
-    }
-}
-
 fn time(value: TimeOrNow) -> SystemTime {
     match value {
         TimeOrNow::SpecificTime(time) => time,
@@ -55,23 +39,23 @@ fn time(value: TimeOrNow) -> SystemTime {
     }
 }
 
-fn finish(reply: ReplyEmpty, result: Result<(), Errno>) {
-    match result {
-        Ok(()) => reply.ok(),
-        Err(errno) => reply.error(errno),
-    }
-    answered();
-}
-
-fn finish_attributes(reply: ReplyAttr, result: Result<FileAttr, Errno>) {
-    match result {
-        Ok(attributes) => reply.attr(&ATTRIBUTE_TTL, &attributes),
-        Err(errno) => reply.error(errno),
-    }
-    answered();
-}
-
 impl DiskFilesystem {
+    fn finish(&self, reply: ReplyEmpty, result: Result<(), Errno>) {
+        match result {
+            Ok(()) => reply.ok(),
+            Err(errno) => reply.error(errno),
+        }
+        self.flights.answered();
+    }
+
+    fn finish_attributes(&self, reply: ReplyAttr, result: Result<FileAttr, Errno>) {
+        match result {
+            Ok(attributes) => reply.attr(&ATTRIBUTE_TTL, &attributes),
+            Err(errno) => reply.error(errno),
+        }
+        self.flights.answered();
+    }
+
     /// Whatever may look at a disk is recorded as under way while it does.
     fn fly<T>(&self, request: &Request, named: Named<'_>, work: impl FnOnce() -> Result<T, Errno>) -> Result<T, Errno> {
         self.flights.run(request.unique().into(), named, work)
@@ -94,7 +78,7 @@ impl Filesystem for DiskFilesystem {
     }
 
     fn getattr(&self, request: &Request, inode: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        finish_attributes(reply, self.fly(request, Named("getattr", inode.0, 0, 0), || self.attributes(inode)));
+        self.finish_attributes(reply, self.fly(request, Named("getattr", inode.0, 0, 0), || self.attributes(inode)));
     }
 
     fn setattr(
@@ -124,7 +108,7 @@ impl Filesystem for DiskFilesystem {
             modified: modified.map(time),
         });
         let named = Named("setattr", inode.0, size.unwrap_or(0), 0);
-        finish_attributes(reply, self.fly(request, named, || self.change(inode, size, change)));
+        self.finish_attributes(reply, self.fly(request, named, || self.change(inode, size, change)));
     }
 
     fn open(&self, _: &Request, inode: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
@@ -155,7 +139,7 @@ impl Filesystem for DiskFilesystem {
                 Err(errno) => reply.error(errno),
             }
         });
-        answered();
+        self.flights.answered();
     }
 
     fn write(
@@ -177,7 +161,7 @@ impl Filesystem for DiskFilesystem {
             Ok(written) => reply.written(written),
             Err(errno) => reply.error(errno),
         }
-        answered();
+        self.flights.answered();
     }
 
     /// close(2): nothing is held back for it, since nothing of the guest's is cached here. Said once and for all: else a close would
@@ -188,7 +172,7 @@ impl Filesystem for DiskFilesystem {
 
     fn fsync(&self, request: &Request, inode: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
         let flush = || self.disk(inode)?.flush().map_err(|error| self.refuse(&error));
-        finish(reply, self.fly(request, Named("fsync", inode.0, 0, 0), flush));
+        self.finish(reply, self.fly(request, Named("fsync", inode.0, 0, 0), flush));
     }
 
     fn fallocate(
@@ -202,7 +186,7 @@ impl Filesystem for DiskFilesystem {
         reply: ReplyEmpty,
     ) {
         let named = Named("fallocate", inode.0, offset, len);
-        finish(reply, self.fly(request, named, || self.allocate(inode, ByteRange::new(offset, len), mode)));
+        self.finish(reply, self.fly(request, named, || self.allocate(inode, ByteRange::new(offset, len), mode)));
     }
 
     fn lseek(&self, request: &Request, inode: INodeNo, _: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {

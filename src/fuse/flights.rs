@@ -135,7 +135,6 @@ impl Flights {
         let mut gate = self.gate.lock();
         if gate.convicted.remove(&number) {
             self.note(&gate);
-            self.set(PROGRESS, 1);
             log::error!("{what} killed one server after the other, the last one while it was the only request: EIO");
             return Err(Errno::EIO);
         }
@@ -156,7 +155,6 @@ impl Flights {
         }
         if gate.suspects.remove(&number) {
             self.note(&gate);
-            self.set(PROGRESS, 1);
         }
         self.opened.notify_all();
         result
@@ -175,6 +173,15 @@ impl Flights {
                 gate.careful = false;
                 self.set(ALONE, 0);
                 self.opened.notify_all();
+            }
+        }
+    }
+
+    /// A request was answered: no single one is what kills this server at once. One load for all but the first.
+    pub(super) fn answered(&self) {
+        if let Some(page) = &self.page {
+            if page.word(PROGRESS).load(Ordering::Relaxed) == 0 {
+                self.set(PROGRESS, 1);
             }
         }
     }
@@ -236,7 +243,7 @@ fn judge(page: &SharedPage, crashed: bool) -> Gate {
     }
 }
 
-/// True if the server that had `page` last has settled a suspect: then there is no need to be slow with the next one.
+/// True if the server that had `page` last has answered a request: then there is no need to be slow with the next one.
 pub(super) fn made_progress(page: BorrowedFd<'_>) -> bool {
     let mut word = [0; size_of::<u64>()];
     let at = libc::off_t::try_from(PROGRESS * word.len()).unwrap_or(0);

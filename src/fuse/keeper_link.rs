@@ -14,7 +14,6 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use parking_lot::Mutex;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::fuse::filesystem::has_answered;
 use crate::fuse::flights::Flights;
 use crate::fuse::init::Negotiated;
 use crate::fuse::link::{Link, ToKeeper, ToServer, WireError};
@@ -22,9 +21,6 @@ use crate::fuse::mount::{How, Point};
 use crate::fuse::server_process::Parked;
 use crate::image::DescriptorRole;
 use crate::server::config::MountConfig;
-
-/// How often to look for the first reply.
-const FIRST_REPLY_POLL_MS: u8 = 10;
 
 /// What a server starts from.
 #[derive(Debug)]
@@ -245,16 +241,11 @@ impl KeeperLink {
         self.gone.load(Ordering::Relaxed)
     }
 
-    /// Watches from a thread of its own: tells the keeper when this server has answered its first request (a server that
-    /// dies before is not restarted at once); after the keeper's death makes a new one, and tells `on_new_keeper`. Once,
-    /// after the session's start.
+    /// Watches from a thread of its own: after the keeper's death makes a new one, and tells `on_new_keeper`. Once, after the session's
+    /// start.
     pub fn watch(self: &Arc<Self>, on_new_keeper: impl Fn() + Send + 'static) {
         let this = Arc::clone(self);
         let spawned = std::thread::Builder::new().name("keeper-watch".into()).stack_size(256 << 10).spawn(move || {
-            let link = this.link();
-            while !has_answered() && !hung_up(&link, PollTimeout::from(FIRST_REPLY_POLL_MS)) {}
-            let _ = link.send(&ToKeeper::Answered, None);
-            drop(link);
             this.succeed_keepers(&on_new_keeper);
         });
         if let Err(error) = spawned {

@@ -152,7 +152,7 @@ pub enum ToKeeper {
         /// The disks' paths.
         paths: Vec<PathBuf>,
     },
-    /// A first request was answered.
+    /// A first request was answered. Said by servers of versions before; now it is in the record of requests under way.
     Answered,
     /// The server is about to leave because of this.
     Failed(WireError),

@@ -17,7 +17,7 @@ use crate::fuse::session::connection_ended;
 /// A server that served for less than this, and answered nothing, is started again with a delay: a request may be what
 /// kills it.
 const SERVED_WELL: Duration = Duration::from_secs(1);
-const DELAY_MIN: Duration = Duration::from_millis(100);
+const DELAY_MIN: Duration = Duration::from_millis(20);
 const DELAY_MAX: Duration = Duration::from_secs(5);
 
 impl Keeper<'_> {

@@ -15,11 +15,11 @@
 use std::path::{Path, PathBuf};
 
 use super::ledger::Ledger;
-use super::opening::{OpenedVolume, is_same, locked_descriptor};
+use super::opening::{OpenedVolume, is_same, locked_descriptor, recorded_mark};
 use crate::error::{Error, Result};
-use crate::image::{Format, OpenOptions, Role, open};
+use crate::image::{Format, Image, OpenOptions, Role, open};
 use crate::state::paths::state_base;
-use crate::state::{Marks, MountState, Pulse, Store, VolumeState};
+use crate::state::{Mark, Marks, MountState, Pulse, Store, VolumeState};
 use crate::sync::Arc;
 use crate::volume::Volume;
 
@@ -47,7 +47,7 @@ pub(super) fn take_over(opened: &mut [OpenedVolume], store: &Store, marks: &Mark
     let mut known = Vec::new();
     let mut counts = store.pulse().unwrap_or_default();
     for one in opened.iter_mut().filter(|one| one.state.mirror.is_none()) {
-        for directory in candidates(one, marks) {
+        for directory in candidates(&*one.image, marks) {
             let Some(found) = look(&mut known, &directory, store, one) else { continue };
             if !force {
                 found.refuse_target(one)?;
@@ -113,9 +113,23 @@ impl TakenOver {
     }
 }
 
+/// What other mounts' records say of an image that was left by a cutover: a crash may have kept the image itself from being marked.
+/// `own` is the state directory of the mount that is being made.
+pub(super) fn left_elsewhere(image: &dyn Image, own: &Path, marks: &Marks) -> Result<Option<Mark>> {
+    let identity = image.identity()?;
+    let owner = nix::unistd::geteuid().as_raw();
+    let load = |directory: &PathBuf| Store::open_existing(directory, owner).ok()??.load().ok()?;
+    let others: Vec<_> = candidates(image, marks).iter().filter(|other| *other != own).filter_map(load).collect();
+    let volumes = || others.iter().flat_map(|state| &state.volumes);
+    let active = volumes().filter(|known| is_same(&known.active_identity, &identity));
+    let active = active.map(|known| known.generation).max().unwrap_or(0);
+    let left = volumes().filter_map(|known| recorded_mark(known, &identity));
+    Ok(left.filter(|mark| mark.generation > active).max_by_key(|mark| mark.generation))
+}
+
 /// The states in which an unfinished mirror of the image may be recorded, the likeliest first.
-fn candidates(one: &OpenedVolume, marks: &Marks) -> Vec<PathBuf> {
-    let mark = locked_descriptor(&*one.image).and_then(|descriptor| marks.read_pair(descriptor).ok().flatten());
+fn candidates(image: &dyn Image, marks: &Marks) -> Vec<PathBuf> {
+    let mark = locked_descriptor(image).and_then(|descriptor| marks.read_pair(descriptor).ok().flatten());
     let told = mark.and_then(|mark| mark.state_dir);
     let entries = state_base().ok().and_then(|base| std::fs::read_dir(base).ok());
     let mut others: Vec<_> = entries.into_iter().flatten().flatten().map(|entry| entry.path()).collect();

@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use super::config::{MountConfig, VolumeConfig};
+use super::elsewhere::left_elsewhere;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::nbd::uri;
 use crate::image::{DescriptorRole, Format, Identity, Image, OpenOptions, Role, open};
@@ -64,12 +65,17 @@ pub(super) fn open_first(
         };
         let image = open(&path, &options)?;
         refuse_hidden_layers(config, &*image)?;
-        let mark = newest_mark(&*image, recorded, marks)?.filter(|mark| mark.generation > generation);
+        let left = left_elsewhere(&*image, &config.state_dir, marks)?;
+        let mark = newest_mark(&*image, recorded, left, marks)?.filter(|mark| mark.generation > generation);
         let Some(mark) = mark else {
             return settle_on(config, volume, image, recorded, marks, generation);
         };
         if config.force {
             log::warn!("{}: mounted all the same, though superseded by {}", image.name(), mark.successor);
+            if let Some(descriptor) = locked_descriptor(&*image) {
+                // It leads to the record that says so.
+                marks.clear_pair(descriptor)?;
+            }
             return settle_on(config, volume, image, recorded, marks, mark.generation);
         }
         if is_active_again(&*image, &mark, marks) {
@@ -166,8 +172,13 @@ fn superseded(path: &Path, mark: &Mark) -> Error {
     ))
 }
 
-/// The image's own mark or, if newer, what the record of the last mount says of it.
-fn newest_mark(image: &dyn Image, recorded: Option<&MountState>, marks: &Marks) -> Result<Option<Mark>> {
+/// The image's own mark or, if newer, what the record of the last mount says of it, or that of another (`elsewhere`).
+fn newest_mark(
+    image: &dyn Image,
+    recorded: Option<&MountState>,
+    elsewhere: Option<Mark>,
+    marks: &Marks,
+) -> Result<Option<Mark>> {
     let identity = image.identity()?;
     let own = match locked_descriptor(image) {
         Some(descriptor) => marks.read_mark(descriptor, &identity)?,
@@ -176,13 +187,15 @@ fn newest_mark(image: &dyn Image, recorded: Option<&MountState>, marks: &Marks) 
     // An image that the record knows to be active since is not superseded: a crash kept its mark from being removed.
     let active = recorded.and_then(|state| state.volumes.iter().find(|one| is_same(&one.active_identity, &identity)));
     let own = own.filter(|mark: &Mark| active.is_none_or(|active| mark.generation >= active.generation));
+    // One that is as new as that of another record was mounted by force.
+    let elsewhere = elsewhere.filter(|mark| active.is_none_or(|active| mark.generation > active.generation));
     let from_record =
         recorded.and_then(|state| state.volumes.iter().find_map(|volume| recorded_mark(volume, &identity)));
     // Of two that say the same, the image's own knows when.
-    Ok([from_record, own].into_iter().flatten().max_by_key(|mark| mark.generation))
+    Ok([from_record, elsewhere, own].into_iter().flatten().max_by_key(|mark| mark.generation))
 }
 
-fn recorded_mark(volume: &VolumeState, identity: &Identity) -> Option<Mark> {
+pub(super) fn recorded_mark(volume: &VolumeState, identity: &Identity) -> Option<Mark> {
     let left = volume.superseded.iter().find(|former| is_same(&former.identity, identity))?;
     Some(Mark {
         volume: volume.id.clone(),

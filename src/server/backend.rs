@@ -110,18 +110,33 @@ impl Server {
         }
     }
 
-    /// Writes down how a job that runs, or waits for its target, is to go on.
-    fn record_change(&self, job_id: &str, change: impl FnOnce(&mut MirrorRecord)) {
+    /// Tells a job how to go on, or writes it down for one that waits for its target.
+    fn tell(
+        &self,
+        job_id: &str,
+        tell: impl Fn(&Job) -> Result<()>,
+        note: impl FnOnce(&mut MirrorRecord),
+    ) -> Result<()> {
+        let waits = self.unfinished_of(job_id).is_some() && self.jobs.find(job_id).is_none();
+        if !waits {
+            tell(&*self.job(job_id)?)?;
+        }
         let volume = match self.jobs.find(job_id) {
             Some(job) => job.volume().clone(),
             None => match self.unfinished_of(job_id) {
                 Some((left, _)) => left.volume.clone(),
-                None => return,
+                None => return Ok(()),
             },
         };
-        if let Err(error) = self.ledger.change_mirror(volume.name(), change) {
+        if let Err(error) = self.ledger.change_mirror(volume.name(), note) {
             log::warn!("{error}");
         }
+        // It may have become a job meanwhile, which looked at the record before: see `resume_job` for one that becomes one after this.
+        if let Some(Err(error)) = self.jobs.find(job_id).filter(|_| waits).map(|job| tell(&job)) {
+            // It knew.
+            log::debug!("{error}");
+        }
+        Ok(())
     }
 
     /// The mirror of `volume`, also one that waits for its target.
@@ -251,19 +266,15 @@ impl Backend for Server {
     }
 
     fn pause(&self, job_id: &str) -> Result<()> {
-        if self.unfinished_of(job_id).is_none() || self.jobs.find(job_id).is_some() {
-            self.job(job_id)?.pause()?;
-        }
-        self.record_change(job_id, |record| record.paused = true);
-        Ok(())
+        self.tell(job_id, Job::pause, |record| record.paused = true)
     }
 
     fn resume(&self, job_id: &str) -> Result<()> {
-        match self.unfinished_of(job_id) {
-            Some((left, _)) if self.jobs.find(job_id).is_none() => left.hurry(),
-            _ => self.job(job_id)?.resume()?,
+        let left = self.unfinished_of(job_id);
+        self.tell(job_id, Job::resume, |record| record.paused = false)?;
+        if let Some((left, _)) = left {
+            left.hurry();
         }
-        self.record_change(job_id, |record| record.paused = false);
         Ok(())
     }
 
@@ -293,19 +304,12 @@ impl Backend for Server {
     }
 
     fn set_speed(&self, job_id: &str, bytes_per_second: u64) -> Result<()> {
-        if self.unfinished_of(job_id).is_none() || self.jobs.find(job_id).is_some() {
-            self.job(job_id)?.set_speed(bytes_per_second)?;
-        }
-        self.record_change(job_id, |record| record.options.speed_bytes_per_second = bytes_per_second);
-        Ok(())
+        let tell = |job: &Job| job.set_speed(bytes_per_second);
+        self.tell(job_id, tell, |record| record.options.speed_bytes_per_second = bytes_per_second)
     }
 
     fn set_copy_mode(&self, job_id: &str, mode: CopyMode) -> Result<()> {
-        if self.unfinished_of(job_id).is_none() || self.jobs.find(job_id).is_some() {
-            self.job(job_id)?.set_copy_mode(mode)?;
-        }
-        self.record_change(job_id, |record| record.options.copy_mode = mode);
-        Ok(())
+        self.tell(job_id, |job| job.set_copy_mode(mode), |record| record.options.copy_mode = mode)
     }
 
     fn cutover(&self, request: &CutoverRequest) -> Result<Vec<CutoverReport>> {

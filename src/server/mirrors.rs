@@ -33,7 +33,7 @@ impl Server {
         self.ledger.park(&*target.image);
         let started = self.pair(volume, &target, &options).and_then(|intent| {
             let setting = self.setting(volume, target.image.clone(), target.created, intent, None);
-            self.run_job(options.clone(), setting)
+            self.run_job(options.clone(), setting).map(drop)
         });
         started.inspect_err(|_| {
             self.ledger.unpair(volume, Some(&*target.image));
@@ -135,7 +135,10 @@ impl Server {
             Some(left.intent().clone()),
             Some(left.resumed(record)),
         );
-        self.run_job(record.options.clone(), setting)?;
+        let job = self.run_job(record.options.clone(), setting)?;
+        if let Some(now) = self.ledger.mirror(left.volume.name()) {
+            take_wishes(&job, record, &now);
+        }
         let how = if record.compare.is_some() { "compared" } else { "copied again" };
         log::info!("job {}: goes on to {}; {marked} bytes are {how}", record.options.job_id, record.options.target);
         Ok(())
@@ -161,14 +164,14 @@ impl Server {
         }
     }
 
-    fn run_job(&self, options: MirrorOptions, setting: Setting) -> Result<()> {
-        mirror::start(options, setting, |job: &Arc<Job>| self.jobs.add(job.clone()))?;
+    fn run_job(&self, options: MirrorOptions, setting: Setting) -> Result<Arc<Job>> {
+        let job = mirror::start(options, setting, |job: &Arc<Job>| self.jobs.add(job.clone()))?;
         // The marks of both images were written just now: a death right after this is dated after them.
         if let Err(error) = self.ledger.store.beat(&heartbeat::pulse(self)) {
             log::debug!("{error}");
         }
         self.heartbeat.wake();
-        Ok(())
+        Ok(job)
     }
 
     /// The unfinished mirror that has the id of a job, while its target is not there.
@@ -236,5 +239,20 @@ impl Server {
             // A ready job whose target does not answer any more.
             let _ = job.cancel(CancelMode::Force, true);
         }
+    }
+}
+
+/// What users told a mirror between the look at its record with which the job was made, and the job: those who came then saw none.
+fn take_wishes(job: &Job, before: &MirrorRecord, now: &MirrorRecord) {
+    let (was, is) = (&before.options, &now.options);
+    let told = [
+        (now.paused && !before.paused).then(|| job.pause()),
+        (before.paused && !now.paused).then(|| job.resume()),
+        (is.speed_bytes_per_second != was.speed_bytes_per_second).then(|| job.set_speed(is.speed_bytes_per_second)),
+        (is.copy_mode != was.copy_mode).then(|| job.set_copy_mode(is.copy_mode)),
+    ];
+    for error in told.into_iter().flatten().filter_map(Result::err) {
+        // Whoever told it told the job too.
+        log::debug!("{error}");
     }
 }

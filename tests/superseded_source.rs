@@ -7,9 +7,14 @@ use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
 use common::compare;
 use common::mounted::Mount;
 use common::place::Place;
+use common::wait;
+use livemirror::state::Store;
 
 fn text(path: &Path) -> &str {
     path.to_str().expect("UTF-8")
@@ -47,6 +52,69 @@ fn it_is_refused_and_the_new_image_named() {
         let new = Mount::of(&place, [&b]).named("new").start();
         assert_eq!(new.active(), b);
         new.unmount();
+    }
+}
+
+/// A crash right after the record said so: the old image itself does not know.
+#[test]
+fn it_is_refused_elsewhere_when_a_crash_kept_it_from_being_marked() {
+    let place = Place::on_disk();
+    let [a, b, _] = images(&place);
+    let mounted = Mount::of(&place, [&a]).start();
+    mounted.mirror(&b, &[]);
+    let pair = attribute(&a, "pair").expect("it is one of a pair");
+    mounted.cutover();
+    mounted.unmount();
+    assert!(attribute(&a, "superseded").is_some());
+    set_attribute(&a, "superseded", None);
+    set_attribute(&a, "pair", Some(&pair));
+
+    Mount::of(&place, [&a]).named("elsewhere").attempt().refuses_naming(&[text(&a), text(&b)]);
+    let followed = Mount::of(&place, [&a]).named("elsewhere").with(["--follow"]).start();
+    assert_eq!(followed.active(), b);
+    followed.unmount();
+    let forced = Mount::of(&place, [&a]).named("forced").with(["--force"]).start();
+    assert_eq!(forced.active(), a);
+    forced.unmount();
+    let again = Mount::of(&place, [&a]).named("forced").start();
+    assert_eq!(again.active(), a, "an image that was mounted by force is the disk again");
+    again.unmount();
+    let third = Mount::of(&place, [&a]).named("third").start();
+    assert_eq!(third.active(), a, "anywhere");
+    third.unmount();
+}
+
+/// It may lie on what is failing, which is why it was left.
+#[test]
+fn a_new_server_does_not_look_at_an_image_that_is_marked() {
+    let place = Place::on_disk();
+    let [a, b, c] = images(&place);
+    let mut mounted = Mount::of(&place, [&a]).start();
+    mounted.mirror(&b, &[]);
+    mounted.cutover();
+    wait::until("the record to know of the mark", || {
+        let store = Store::open_existing(&mounted.state_dir, 0).expect("open").expect("a state");
+        store.load().expect("load").expect("a record").volumes[0].superseded[0].marked
+    });
+    set_attribute(&a, "superseded", None);
+    kill(Pid::from_raw(mounted.server_pid), Signal::SIGKILL).expect("kill");
+    mounted.note_processes();
+    // Long after it would have.
+    mounted.mirror(&c, &[]);
+    mounted.cutover();
+    assert_eq!(attribute(&a, "superseded"), None);
+    mounted.unmount();
+}
+
+fn attribute(image: &Path, name: &str) -> Option<Vec<u8>> {
+    xattr::get(image, format!("user.livemirror.{name}")).expect("getxattr")
+}
+
+fn set_attribute(image: &Path, name: &str, value: Option<&[u8]>) {
+    let name = format!("user.livemirror.{name}");
+    match value {
+        Some(value) => xattr::set(image, name, value).expect("setxattr"),
+        None => xattr::remove(image, name).expect("removexattr"),
     }
 }
 

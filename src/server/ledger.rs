@@ -264,6 +264,8 @@ impl Committer for LedgerCommitter {
                 let settled = marks.clear_pair(descriptor).and_then(|()| marks.make_durable(descriptor));
                 if let Err(error) = settled {
                     log::warn!("{error}");
+                } else if Arc::ptr_eq(image, &switch.old) {
+                    self.0.note_marked(switch);
                 }
             }
         }
@@ -288,6 +290,22 @@ impl Ledger {
         };
         // Both are tried, whatever becomes of the first.
         cleared.and(marked)
+    }
+
+    /// The old image's mark is durable, if it has it: no server after this one has to look at that image, which may hang by then.
+    fn note_marked(&self, switch: &Switch) {
+        let mark = locked_descriptor(&*switch.old)
+            .and_then(|descriptor| self.marks.read_mark(descriptor, &switch.old.identity().ok()?).ok()?);
+        let noted = self.change(|state| {
+            let volume = state.volume_mut(switch.volume.name());
+            let former = volume.and_then(|volume| volume.superseded.last_mut());
+            if let Some(former) = former.filter(|former| former.path == switch.old.name()) {
+                former.marked = mark.is_some_and(|mark| mark.generation >= former.generation);
+            }
+        });
+        if let Err(error) = noted {
+            log::warn!("{error}");
+        }
     }
 
     /// A target that was made by copying the source with its attributes has the source's id; it gets one of its own.
@@ -324,15 +342,19 @@ impl Ledger {
         }
     }
 
-    /// Makes the marks say what the record says: a crash may have come between a cutover's rename and its marks. Called once the
-    /// disks are served; what fails is logged, since the record decides.
-    pub(super) fn renew_marks(&self, volume: &Volume) {
-        let Some(known) = self.volume(volume.name()) else { return };
-        let mut results = vec![self.clear_mark(&*volume.active())];
-        if let Some(former) = known.superseded.last() {
-            results.push(super::opening::mark_former(former, &known, &self.marks));
+    /// Makes the mark of the active image say what the record says: a crash may have come between a cutover's rename and its marks. Called
+    /// once the mount serves: a file of the marks' fallback may lie on any file system.
+    pub(super) fn renew_mark(&self, volume: &Volume) {
+        if let Err(error) = self.clear_mark(&*volume.active()) {
+            log::warn!("{error}");
         }
-        for error in results.into_iter().filter_map(Result::err) {
+    }
+
+    /// The same for the image that the volume has left, if it may lack its mark. That one may hang: not on a thread that is needed.
+    pub(super) fn renew_former_mark(&self, volume: &Volume) {
+        let Some(known) = self.volume(volume.name()) else { return };
+        let Some(former) = known.superseded.last().filter(|former| !former.marked) else { return };
+        if let Err(error) = super::opening::mark_former(former, &known, &self.marks) {
             log::warn!("{error}");
         }
     }

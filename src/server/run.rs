@@ -283,7 +283,8 @@ fn run(
     link.serving(&server.disks())?;
     log::info!("serving {}", config.mountpoint.display());
     if !config.read_only {
-        volumes.iter().for_each(|volume| server.ledger.renew_marks(volume));
+        volumes.iter().for_each(|volume| server.ledger.renew_mark(volume));
+        renew_former_marks(&server.ledger, volumes.clone());
         server.go_on()?;
     }
 
@@ -299,6 +300,15 @@ fn run(
     }
     control.shutdown();
     ended
+}
+
+/// From a thread of its own: an image that a disk has left may hang by now.
+fn renew_former_marks(ledger: &Arc<Ledger>, volumes: Vec<Arc<Volume>>) {
+    let ledger = ledger.clone();
+    let renew = move || volumes.iter().for_each(|volume| ledger.renew_former_mark(volume));
+    if let Err(error) = std::thread::Builder::new().name("marks".into()).spawn(renew) {
+        log::warn!("cannot start a thread: {error}");
+    }
 }
 
 /// No guest comes any more. Before the state records how the images are left.

@@ -53,7 +53,10 @@ impl Life {
     /// # Errors
     /// There can be no thread.
     pub(crate) fn go_on(&self) -> Result<()> {
-        self.0.volumes.iter().for_each(|volume| self.0.ledger.renew_marks(volume));
+        for volume in &self.0.volumes {
+            self.0.ledger.renew_mark(volume);
+            self.0.ledger.renew_former_mark(volume);
+        }
         self.0.go_on()
     }
 

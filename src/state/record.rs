@@ -104,6 +104,9 @@ pub struct FormerImage {
     pub identity: Identity,
     /// The volume's generation since it was left; its mark has the same.
     pub generation: u64,
+    /// It has that mark, durably: nobody needs to look at it again.
+    #[serde(default)]
+    pub marked: bool,
 }
 
 impl MirrorRecord {
@@ -207,7 +210,8 @@ impl VolumeState {
         let now = SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let generation = now.max(self.generation + 1);
         let path = std::mem::replace(&mut self.active, active);
-        let former = FormerImage { path, identity: std::mem::replace(&mut self.active_identity, identity), generation };
+        let identity = std::mem::replace(&mut self.active_identity, identity);
+        let former = FormerImage { path, identity, generation, marked: false };
         self.format = format;
         self.mirror_target = None;
         self.mirror = None;

@@ -205,10 +205,15 @@ fn a_cutover_supersedes_the_old_image_and_the_way_back_forgets_it() {
     let left_at = volume.generation;
     assert!(left_at > 1);
     assert_eq!(volume.source, Path::new("/vm/disk.img"));
-    let first = FormerImage { path: "/vm/disk.img".into(), identity: identity(1), generation: left_at };
+    let first = FormerImage { path: "/vm/disk.img".into(), identity: identity(1), generation: left_at, marked: false };
     assert_eq!(volume.superseded, [first]);
     volume.cut_over("/vm/disk.img".into(), identity(1), Format::Raw);
-    let second = FormerImage { path: "/new/disk.img".into(), identity: identity(2), generation: volume.generation };
+    let second = FormerImage {
+        path: "/new/disk.img".into(),
+        identity: identity(2),
+        generation: volume.generation,
+        marked: false,
+    };
     assert!(volume.generation > left_at);
     assert_eq!(volume.superseded, [second]);
 }

@@ -5,7 +5,10 @@ mod common;
 
 use std::fs;
 use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
+
+use nix::mount::{MntFlags, MsFlags};
 
 use common::block_device::{FileSystem, LoopDevice};
 use common::command::{Done, is_root, livemirror, run};
@@ -126,6 +129,17 @@ fn mountpoints_that_cannot_be_used() {
         Mount::of(&place, [&image]).on(&tmpfs.path).attempt().refuses_naming(&[text(&tmpfs.path)]);
         assert_eq!(leftovers::mounts_below(&tmpfs.path).len(), 1, "somebody else's mount is never touched");
         tmpfs.unmount();
+
+        // Nor one whose own server has died.
+        let theirs = place.directory("dead");
+        let device = fs::OpenOptions::new().read(true).write(true).open("/dev/fuse").expect("open");
+        let options = format!("fd={},rootmode=40000,user_id=0,group_id=0", device.as_raw_fd());
+        let (source, kind) = (Some("theirs"), Some("fuse.theirs"));
+        nix::mount::mount(source, &theirs, kind, MsFlags::empty(), Some(&*options)).expect("mount");
+        drop(device);
+        Mount::of(&place, [&image]).on(&theirs).attempt().refuses_naming(&[text(&theirs)]);
+        assert_eq!(leftovers::mounts_below(&theirs).len(), 1, "somebody else's dead mount is never touched");
+        nix::mount::umount2(&theirs, MntFlags::MNT_DETACH).expect("umount");
     }
 }
 

@@ -16,7 +16,9 @@ use common::mounted::{Mount, Mounted, words};
 use common::pattern::{self, Habits, Load, Table};
 use common::place::Place;
 use common::random;
+use common::remote::{Kind, Remote};
 use common::wait;
+use livemirror::state::Store;
 
 const MIB: u64 = 1 << 20;
 const SIZE: u64 = 24 * MIB;
@@ -92,13 +94,17 @@ fn in_the_middle() {
     mounted.unmount();
     assert_eq!(leftovers::locks_on(&story.b), Vec::<String>::new(), "nobody uses the target");
     let marked = marked_regions(&state_dir).expect("a log") * MIB;
+    // It copied on until it was suspended.
+    let store = Store::open_existing(&state_dir, nix::unistd::geteuid().as_raw()).expect("open").expect("a state");
+    let suspended = store.pulse().expect("a pulse").volumes["a.img"].copied;
+    assert!(suspended >= before);
 
     let mounted = story.mount();
     wait_going_on(&mounted);
     let job = mounted.job();
     assert_eq!((&job["copy_mode"], &job["speed"]), (&json!("write-blocking"), &json!(4 * MIB)), "{job}");
     assert_eq!(job["target"], story.b.to_str().expect("UTF-8"));
-    assert!(copied(&mounted) >= before, "{before}, {job}");
+    assert!(copied(&mounted) >= suspended, "{suspended}, {job}");
     assert_eq!(resumptions(&mounted.log(), "copied again"), [marked]);
     // One at a time.
     let refused = mounted.verb("mirror", words(&story.place.at("c.img"), &[])).refuses_naming(&["a.img"]);
@@ -107,7 +113,7 @@ fn in_the_middle() {
     assert!(!story.place.at("c.img").exists());
     mounted.verb("set", ["--speed", "0"]).ok();
     mounted.wait_ready();
-    assert!(copied(&mounted) <= before + marked, "{before} and {marked}, {}", mounted.job());
+    assert!(copied(&mounted) <= suspended + marked, "{suspended} and {marked}, {}", mounted.job());
     story.finish(mounted);
 }
 
@@ -324,6 +330,30 @@ fn without_its_target_it_can_be_given_up() {
     assert_eq!(mounted.volume()["last_mirror"]["result"], "cancelled");
     story.write(&mounted);
     mounted.mirror(&story.b, &[]);
+    story.finish(mounted);
+}
+
+/// An NFS server, say, that does not answer while the machine boots.
+#[test]
+fn with_a_target_that_hangs_the_disk_is_served() {
+    if !is_root("a file system of the test's own") {
+        return;
+    }
+    let mut story = Story::new();
+    let remote = Remote::new(&story.place);
+    story.b = remote.sparse("target.img", SIZE);
+    let mounted = story.mount();
+    mounted.mirror(&story.b, &["--existing", "--speed", "1M"]);
+    mounted.unmount();
+    for kind in [Kind::Read, Kind::Write, Kind::Sync] {
+        remote.hold(kind, "target.img", (0, SIZE), u64::MAX);
+    }
+    let mounted = story.mount();
+    remote.wait_held(1);
+    story.write(&mounted);
+    assert!(!mounted.job().is_null());
+    remote.behave();
+    remote.let_go();
     story.finish(mounted);
 }
 

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use livemirror::dirty::IntentLog;
 use livemirror::dirty::intent::{Forget, JobId, Settings};
 use livemirror::error::{Error, Result};
-use livemirror::image::{OpenOptions, Role, create};
+use livemirror::image::{Layout, OpenOptions, Role, create};
 use livemirror::mirror::cutover::{Committer, Cutovers, Ending, PreparedRecord, Switch};
 use livemirror::mirror::job::{Job, JobObserver};
 use livemirror::mirror::types::{CancelMode, CopyMode, JobStatus, LastMirror, MirrorOptions};
@@ -91,7 +91,7 @@ fn run(memory: &Path, with_log: bool) -> (f64, u64) {
     let state = tempfile::tempdir().expect("a directory");
     let open = |name: &str, role| {
         let options = OpenOptions { writable: true, role, ..OpenOptions::default() };
-        create(&directory.path().join(name), DISK_BYTES, None, &options).expect("an image")
+        create(&directory.path().join(name), DISK_BYTES, None, &Layout::default(), &options).expect("an image")
     };
     let options = VolumeOptions {
         name: "disk".into(),

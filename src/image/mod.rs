@@ -15,6 +15,7 @@ mod block_device;
 pub mod faulty;
 mod file_io;
 mod gate;
+mod layout;
 mod lock;
 pub mod memory;
 pub mod nbd;
@@ -29,6 +30,7 @@ mod stripes;
 mod users;
 mod zeroing;
 
+pub use self::layout::{BackingFile, Layout, Version};
 pub use self::open::{OpenOptions, Role};
 #[cfg(not(all(test, shuttle)))]
 pub use self::open::{create, open, sync_parent_directory};

@@ -22,7 +22,7 @@ use super::file_io::{Direct, FileIo};
 use super::lock::{self, Fence};
 use super::qcow2::{self, Qcow2Image};
 use super::raw::RawImage;
-use super::{Attributes, CacheMode, DescriptorRole, Format, Image, nbd, probe, users};
+use super::{Attributes, CacheMode, DescriptorRole, Format, Image, Layout, nbd, own_mount, probe, users};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::Arc;
 use crate::sys::files;
@@ -220,26 +220,29 @@ fn check_access(parked: File, writable: bool) -> io::Result<File> {
     Ok(parked)
 }
 
-/// Creates an image of `size_bytes` (qcow2: rounded up to whole sectors), all of it a hole, and opens it. Mode and owner are those of `like`, where
-/// the system allows it.
+/// Creates an image of `size_bytes` (qcow2: rounded up to whole sectors) with nothing in it, and opens it: all of it is a hole, or reads as
+/// its backing file does. Mode and owner are those of `like`, where the system allows it.
 ///
 /// # Errors
-/// [`ErrorKind::Exists`] if there is something at `path`. Whatever fails, nothing is left behind.
+/// [`ErrorKind::Exists`] if there is something at `path`; `layout` is not possible. Whatever fails, nothing is left behind.
 pub fn create(
     path: &Path,
     size_bytes: u64,
     like: Option<&Attributes>,
+    layout: &Layout,
     options: &OpenOptions,
 ) -> Result<Arc<dyn Image>> {
     let name = display(path);
     let format = options.format.unwrap_or_else(|| probe::format_of_name(path));
+    layout.check(format, &name)?;
+    let layout = with_backing_format(path, layout)?;
     let failed = |error: io::Error| Error::io("cannot create", &error).on(&*name);
     let mut new = std::fs::OpenOptions::new();
     let file = new.read(true).write(true).create_new(true).mode(0o600).open(path).map_err(failed)?;
     let finish = || {
         match format {
             Format::Raw => file.set_len(size_bytes).map_err(failed)?,
-            Format::Qcow2 => qcow2::format(&file, &name, size_bytes)?,
+            Format::Qcow2 => qcow2::format(&file, &name, size_bytes, &layout)?,
         }
         let image = open(path, options)?;
         if let Some(like) = like {
@@ -253,6 +256,18 @@ pub fn create(
             log::warn!("cannot remove {name}: {error}");
         }
     })
+}
+
+/// The layout with the format of the backing file told: what a guest writes there later must not decide how it is read.
+fn with_backing_format(path: &Path, layout: &Layout) -> Result<Layout> {
+    let mut layout = layout.clone();
+    if let Some(backing) = layout.backing.as_mut().filter(|backing| backing.format.is_none()) {
+        let backing_path = qcow2::backing_path(path, &backing.file)?;
+        own_mount::refuse_inside(&backing_path)?;
+        let options = OpenOptions { role: Role::Observer, ..OpenOptions::default() };
+        backing.format = Some(open(&backing_path, &options)?.format());
+    }
+    Ok(layout)
 }
 
 /// Gives `file` the owner and mode of `like`. An owner that may not be given away stays.

@@ -6,7 +6,7 @@ use super::config::MountConfig;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::nbd::uri;
 use crate::image::{
-    Image, OpenOptions, Role, create, open, own_mount, refuse_on_own_disk, refuse_same, sync_parent_directory,
+    Image, Layout, OpenOptions, Role, create, open, own_mount, refuse_on_own_disk, refuse_same, sync_parent_directory,
 };
 use crate::mirror::types::MirrorOptions;
 use crate::sync::Arc;
@@ -131,7 +131,7 @@ pub(super) fn prepare(
         }
         Place::Free => {
             let like = volume.active().attributes().ok();
-            let image = create(path, volume.size_bytes(), like.as_ref(), &open_options)?;
+            let image = create(path, volume.size_bytes(), like.as_ref(), &Layout::default(), &open_options)?;
             if let Err(error) = sync_parent_directory(path) {
                 discard(&Target { image, created: true });
                 return Err(error);

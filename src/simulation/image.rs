@@ -10,8 +10,8 @@ use super::host::{descriptor, host};
 use super::schedule::{life, pause};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{
-    Attributes, DescriptorRole, Extent, ExtentStatus, Format, Identity, Image, OpenOptions, Properties, Role, Room,
-    check_bounds,
+    Attributes, DescriptorRole, Extent, ExtentStatus, Format, Identity, Image, Layout, OpenOptions, Properties, Role,
+    Room, check_bounds,
 };
 use crate::range::ByteRange;
 use crate::sync::{Arc, thread};
@@ -61,6 +61,7 @@ pub fn create(
     path: &Path,
     size_bytes: u64,
     _like: Option<&Attributes>,
+    _layout: &Layout,
     options: &OpenOptions,
 ) -> Result<Arc<dyn Image>> {
     host(|host| host.create_disk(&path.display().to_string(), size_bytes));

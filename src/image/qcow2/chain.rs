@@ -99,7 +99,7 @@ fn backing_format(header: &Header, name: &str) -> Result<Option<Format>> {
 }
 
 /// The backing file's path: what is written, relative to the directory of the file that it is written in.
-fn backing_path(above: &Path, written: &str) -> Result<PathBuf> {
+pub(in crate::image) fn backing_path(above: &Path, written: &str) -> Result<PathBuf> {
     let file = written.strip_prefix("file:").unwrap_or(written);
     let scheme = file.split('/').next().filter(|first| first.contains(':'));
     if let Some(scheme) = scheme {

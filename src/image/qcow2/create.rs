@@ -1,4 +1,4 @@
-//! New qcow2 files: all of the disk unallocated.
+//! New qcow2 files: all of the disk unallocated, with a backing file or without.
 //!
 //! ```text
 //! | header | refcount table | refcount blocks | L1 table |      each begins at a cluster
@@ -10,6 +10,7 @@ use std::os::unix::fs::FileExt;
 use super::header::{CLUSTER_BITS, Header, L1_BYTES_MAX, encode};
 use super::host::in_memory;
 use crate::error::{Error, ErrorKind, Result};
+use crate::image::{Layout, Version};
 
 /// QEMU's default.
 const CLUSTER_BYTES: u64 = 64 << 10;
@@ -21,15 +22,30 @@ const REFCOUNT_BYTES: u64 = 2;
 /// Writes an empty disk of `size_bytes` (rounded up to whole sectors) into the empty `file`, which is called `name`.
 ///
 /// # Errors
-/// The disk is too large for the format; the file cannot be written.
-pub(in crate::image) fn format(file: &File, name: &str, size_bytes: u64) -> Result<()> {
-    let cluster = CLUSTER_BYTES;
+/// There are no such clusters; the disk is too large for them; the file cannot be written.
+pub(in crate::image) fn format(file: &File, name: &str, size_bytes: u64, layout: &Layout) -> Result<()> {
+    let cluster = layout.cluster_bytes.unwrap_or(CLUSTER_BYTES);
     let bits = cluster.trailing_zeros();
-    let too_large = || Error::new(ErrorKind::Usage, format!("a qcow2 file cannot hold {size_bytes} bytes:")).on(name);
+    if !cluster.is_power_of_two() || !CLUSTER_BITS.contains(&bits) {
+        let what = format!("a qcow2 file cannot have clusters of {cluster} bytes:");
+        return Err(Error::usage(what).on(name).advise("a power of two from 512 to 2M"));
+    }
+    let too_large = || {
+        let what = format!("a qcow2 file with clusters of {cluster} bytes cannot hold {size_bytes} bytes:");
+        Error::new(ErrorKind::Usage, what).on(name)
+    };
     let size_bytes = size_bytes.checked_next_multiple_of(SECTOR_BYTES).ok_or_else(too_large)?;
-    let mut header = Header::new(3, bits, size_bytes);
+    let version = match layout.version {
+        Version::V2 => 2,
+        Version::V3 => 3,
+    };
+    let mut header = Header::new(version, bits, size_bytes);
+    if let Some(backing) = &layout.backing {
+        header.backing_name = Some(backing.file.clone());
+        header.backing_format = backing.format.map(|format| format.to_string());
+    }
     let l1_entries = size_bytes.div_ceil(header.l2_span_bytes()).max(1);
-    if l1_entries * 8 > L1_BYTES_MAX || !CLUSTER_BITS.contains(&bits) || i64::try_from(size_bytes).is_err() {
+    if l1_entries * 8 > L1_BYTES_MAX || i64::try_from(size_bytes).is_err() {
         return Err(too_large());
     }
     let l1_clusters = (l1_entries * 8).div_ceil(cluster);

@@ -55,7 +55,7 @@ mod sync_point;
 mod tables;
 mod unsynced;
 
-pub(super) use self::chain::Chain;
+pub(super) use self::chain::{Chain, backing_path};
 pub(super) use self::create::format;
 
 use std::fmt;

@@ -6,6 +6,7 @@ pub(super) mod model;
 mod opening;
 mod qcow2;
 mod qcow2_chains;
+mod qcow2_creation;
 mod qcow2_damage;
 mod qcow2_failures;
 mod qcow2_power_cut;

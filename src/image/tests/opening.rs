@@ -62,7 +62,7 @@ fn a_created_image_is_like_its_source_and_all_hole() {
             let now = std::time::SystemTime::now();
             let like = Attributes { mode: 0o664, uid: 12, gid: 34, modified: now, changed: now, accessed: now };
             let options = OpenOptions { role: Role::Target, ..options(cache) };
-            let created = create(&path, (8 << 30) + 1, Some(&like), &options);
+            let created = create(&path, (8 << 30) + 1, Some(&like), &Layout::default(), &options);
             if cache == CacheMode::None && created.as_ref().is_err_and(|error| error.kind() == ErrorKind::Unsupported) {
                 assert!(!path.exists());
                 continue;
@@ -76,7 +76,7 @@ fn a_created_image_is_like_its_source_and_all_hole() {
                 assert_eq!((meta.uid(), meta.gid()), (12, 34));
             }
             sync_parent_directory(&path).unwrap();
-            assert_eq!(create(&path, 1, None, &options).unwrap_err().kind(), ErrorKind::Exists);
+            assert_eq!(create(&path, 1, None, &Layout::default(), &options).unwrap_err().kind(), ErrorKind::Exists);
             drop(image);
             std::fs::remove_file(&path).unwrap();
         }
@@ -87,11 +87,14 @@ fn a_created_image_is_like_its_source_and_all_hole() {
 fn a_failed_creation_leaves_nothing_behind() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("new.img");
-    let error = create(&path, u64::MAX / 2, None, &options(CacheMode::Writeback)).unwrap_err();
+    let error = create(&path, u64::MAX / 2, None, &Layout::default(), &options(CacheMode::Writeback)).unwrap_err();
     assert!(error.to_string().contains("new.img"), "{error}");
     assert!(!path.exists());
     let path = directory.path().join("missing/new.img");
-    assert_eq!(create(&path, 1, None, &options(CacheMode::Writeback)).unwrap_err().kind(), ErrorKind::NotFound);
+    assert_eq!(
+        create(&path, 1, None, &Layout::default(), &options(CacheMode::Writeback)).unwrap_err().kind(),
+        ErrorKind::NotFound
+    );
 }
 
 #[test]

@@ -397,7 +397,7 @@ fn a_created_file_is_one_that_qemu_would_make() {
     }
     for size in [0, 1, 512, (1 << 20) + 100, 5 << 30, 5 << 40] {
         let path = directory.path().join("new.qcow2");
-        let image = create(&path, size, None, &options(CacheMode::Writeback)).unwrap();
+        let image = create(&path, size, None, &Layout::default(), &options(CacheMode::Writeback)).unwrap();
         assert_eq!((image.format(), image.size_bytes()), (Format::Qcow2, whole_sectors(size)));
         assert_eq!(image.properties().cluster_bytes, Some(64 << 10));
         if size > 0 {
@@ -410,7 +410,9 @@ fn a_created_file_is_one_that_qemu_would_make() {
         assert!(String::from_utf8_lossy(&info.stdout).contains(&format!("\"virtual-size\": {}", whole_sectors(size))));
         std::fs::remove_file(&path).unwrap();
     }
-    let error = create(&directory.path().join("new.qcow2"), 1 << 62, None, &options(CacheMode::Writeback)).unwrap_err();
+    let error =
+        create(&directory.path().join("new.qcow2"), 1 << 62, None, &Layout::default(), &options(CacheMode::Writeback))
+            .unwrap_err();
     assert!(error.to_string().contains("cannot hold") && !directory.path().join("new.qcow2").exists());
 }
 

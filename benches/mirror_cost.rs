@@ -115,6 +115,7 @@ fn run(memory: &Path, with_log: bool) -> (f64, u64) {
         volume: volume.clone(),
         target: open("b.img", Role::Target),
         created_target: true,
+        layers: 0,
         intent: log.clone(),
         resumed: None,
         events: Arc::default(),

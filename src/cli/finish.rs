@@ -45,10 +45,12 @@ impl FinishArguments {
         disk.job_id()?;
         mount.client.execute("livemirror-finish", json!({ "device": disk.device }))?;
         let last = follow::until_gone(&mut mount, &disk)?;
-        let Some(LastMirror { result: MirrorResult::Finished, target, .. }) = last else {
+        let Some(LastMirror { result: MirrorResult::Finished, target, consistent, .. }) = last else {
             return Err(follow::ended_early(&disk, last.as_ref()));
         };
-        output::line(format_args!("{target} is a consistent copy of {}", disk.status.disk));
+        let what =
+            if consistent { "is a consistent copy of" } else { "has what was written since its mirror began to" };
+        output::line(format_args!("{target} {what} {}", disk.status.disk));
         Ok(())
     }
 }

@@ -25,6 +25,7 @@ use crate::image::nbd::uri;
   livemirror mirror /mnt/vm/os.img /new/os.img
   livemirror mirror /mnt/vm /new/ --speed 200M --wait
   livemirror mirror /mnt/vm/os.img /dev/vg0/os --existing
+  livemirror mirror /mnt/vm/os.img /new/os.qcow2 --sync top
   livemirror mirror /mnt/vm/os.img nbd://newhost/os --reconnect 10min
   livemirror mirror /mnt/vm/os.img 'nbd+unix:///os?socket=/run/rbd.sock'")]
 pub struct Arguments {
@@ -48,6 +49,26 @@ pub struct MirrorArguments {
     /// The target's format; otherwise as its name says.
     #[arg(long, value_parser = ["raw", "qcow2"])]
     format: Option<String>,
+    /// full: the whole disk. top: what the disk's qcow2 file has above its backing file, into a qcow2 file with the same one.
+    /// none: only what the guest writes from now on; such a target is no copy, and there is no cutover to it.
+    #[arg(long, value_parser = ["full", "top", "none"], default_value = "full")]
+    sync: String,
+    /// With --sync top: the image of the disk's chain above which everything is copied; TARGET has it as its backing file
+    /// [default: the backing file of the disk].
+    #[arg(long, value_name = "IMAGE")]
+    base: Option<PathBuf>,
+    /// The clusters of a qcow2 file that is created, a power of two from 512 to 2M [default: 64K].
+    #[arg(long, value_name = "SIZE", value_parser = units::parse_size)]
+    cluster_size: Option<u64>,
+    /// The version of a qcow2 file that is created, as qemu-img calls it [default: 1.1].
+    #[arg(long, value_parser = ["0.10", "1.1"])]
+    compat: Option<String>,
+    /// The backing file of a qcow2 file that is created, as it is written there: a relative path starts at TARGET's directory.
+    #[arg(long, value_name = "IMAGE")]
+    backing_file: Option<String>,
+    /// Its format [default: as its name and content say].
+    #[arg(long, value_parser = ["raw", "qcow2"], requires = "backing_file")]
+    backing_format: Option<String>,
     /// background: the guest waits for the source only. write-blocking: it waits for both images. auto: the mirror chooses.
     #[arg(long, value_parser = ["auto", "background", "write-blocking"], default_value = "auto")]
     copy_mode: String,
@@ -123,6 +144,20 @@ impl Arguments {
 }
 
 impl MirrorArguments {
+    /// For a verb that ends with a cutover.
+    ///
+    /// # Errors
+    /// The target would not have all of the disk.
+    pub fn check_whole(&self) -> Result<()> {
+        match self.sync.as_str() {
+            "none" => {
+                Err(Error::usage("no disk moves to a target that has only what is written from now on (--sync none)")
+                    .advise("--sync full or top"))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Starts the mirror.
     ///
     /// # Errors
@@ -170,6 +205,22 @@ impl MirrorArguments {
         if let Some(format) = &self.format {
             put("format", format.as_str().into());
         }
+        put("sync", self.sync.as_str().into());
+        if let Some(base) = &self.base {
+            put("base", utf8(place::absolute(base)?)?.into());
+        }
+        if let Some(bytes) = self.cluster_size {
+            put("cluster-size", signed(bytes, "--cluster-size")?);
+        }
+        if let Some(compat) = &self.compat {
+            put("version", if compat == "0.10" { "v2" } else { "v3" }.into());
+        }
+        if let Some(file) = &self.backing_file {
+            put("backing-file", file.as_str().into());
+        }
+        if let Some(format) = &self.backing_format {
+            put("backing-fmt", format.as_str().into());
+        }
         if let Some(bytes) = self.granularity {
             if crate::range::Granularity::new(bytes).is_none() {
                 return Err(Error::usage(format!(
@@ -211,6 +262,10 @@ pub fn target_path(target: &Path, disk: &Disk) -> Result<String> {
                 .advise("make it, or leave the / away"));
         }
     }
+    utf8(path)
+}
+
+fn utf8(path: PathBuf) -> Result<String> {
     path.into_os_string()
         .into_string()
         .map_err(|path| Error::new(ErrorKind::Unsupported, "the name is not UTF-8:").on(path.to_string_lossy()))

@@ -39,6 +39,7 @@ impl Arguments {
     /// # Errors
     /// The mirror cannot start, failed, or was interrupted; the guest is then still on the source.
     pub fn run(self) -> Result<()> {
+        self.options.check_whole()?;
         let mut mount = Mount::open(&self.disk)?;
         let disk = mount.disk()?;
         let target = target_path(&self.target, &disk)?;

@@ -274,7 +274,8 @@ fn outcome(last: Option<&LastMirror>) -> String {
     let error = last.error.as_ref().map(|error| format!(": {error}")).unwrap_or_default();
     match last.result {
         MirrorResult::Completed => format!("cut over to {}{pause}", last.target),
-        MirrorResult::Finished => format!("{} is a consistent copy", last.target),
+        MirrorResult::Finished if last.consistent => format!("{} is a consistent copy", last.target),
+        MirrorResult::Finished => format!("{} has what was written since its mirror began", last.target),
         MirrorResult::Cancelled => format!("mirror to {} cancelled", last.target),
         MirrorResult::Failed => format!("mirror to {} failed{error}", last.target),
     }

@@ -162,6 +162,7 @@ impl Backend for Fake {
         let job = JobInfo {
             job_id: options.job_id.clone(),
             target: options.target,
+            sync: options.sync,
             state: JobStatus::Created,
             copy_mode: options.copy_mode,
             granularity: 65536,

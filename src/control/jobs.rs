@@ -13,7 +13,7 @@ use super::errors::{Class, QmpError};
 use super::is_well_formed_id;
 use crate::error::{Error, ErrorKind};
 use crate::image::Format;
-use crate::mirror::types::{CancelMode, CopyMode, ErrorPolicy, JobInfo, JobStatus, MirrorOptions};
+use crate::mirror::types::{CancelMode, CopyMode, ErrorPolicy, JobInfo, JobStatus, MirrorOptions, SyncMode};
 use crate::range::Granularity;
 
 type Result<T> = std::result::Result<T, QmpError>;
@@ -28,8 +28,14 @@ pub(super) const ERROR_POLICIES: &[(&str, ErrorPolicy)] = &[
     // The device's own policy, which a job does not inherit in QEMU either.
     ("auto", ErrorPolicy::Enospc),
 ];
-const SYNCS: &[(&str, bool)] =
-    &[("full", true), ("top", false), ("none", false), ("incremental", false), ("bitmap", false)];
+/// `None`: what QEMU has and we have not.
+pub(super) const SYNCS: &[(&str, Option<SyncMode>)] = &[
+    ("full", Some(SyncMode::Full)),
+    ("top", Some(SyncMode::Top)),
+    ("none", Some(SyncMode::None)),
+    ("incremental", None),
+    ("bitmap", None),
+];
 
 /// Checks what a new job is told, whichever command tells it.
 pub(super) struct NewJob<'a> {
@@ -45,12 +51,7 @@ impl<'a> NewJob<'a> {
     }
 
     pub(super) fn format(&mut self, format: Option<String>) -> Result<()> {
-        self.options.format = match format.as_deref() {
-            None => None,
-            Some("raw") => Some(Format::Raw),
-            Some("qcow2") => Some(Format::Qcow2),
-            Some(other) => return Err(QmpError::usage(format!("Unknown driver '{other}'"))),
-        };
+        self.options.format = format.map(|name| format_of(&name)).transpose()?;
         Ok(())
     }
 
@@ -106,6 +107,15 @@ impl<'a> NewJob<'a> {
     }
 }
 
+/// The format that QEMU calls so.
+pub(super) fn format_of(name: &str) -> Result<Format> {
+    match name {
+        "raw" => Ok(Format::Raw),
+        "qcow2" => Ok(Format::Qcow2),
+        other => Err(QmpError::usage(format!("Unknown driver '{other}'"))),
+    }
+}
+
 /// Fails in QEMU's words unless there is such a device.
 pub(super) fn check_device(backend: &dyn Backend, device: &str) -> Result<()> {
     if backend.devices().iter().any(|known| known == device) {
@@ -122,7 +132,7 @@ pub(super) fn drive_mirror(backend: &dyn Backend, mut arguments: Arguments) -> A
     let format = arguments.optional_string("format")?;
     let node_name = arguments.optional_string("node-name")?;
     let replaces = arguments.optional_string("replaces")?;
-    let whole = arguments.required_choice("sync", SYNCS)?;
+    let sync = arguments.required_choice("sync", SYNCS)?;
     let existing = arguments.choice("mode", &[("absolute-paths", false), ("existing", true)])?.unwrap_or(false);
 
     let mut job = NewJob::new(backend, device, job_id, target);
@@ -140,11 +150,7 @@ pub(super) fn drive_mirror(backend: &dyn Backend, mut arguments: Arguments) -> A
     arguments.finish()?;
 
     job.format(format)?;
-    if !whole {
-        return Err(unsupported(
-            "Parameter 'sync' must be 'full': livemirror images have no backing file and no bitmaps",
-        ));
-    }
+    job.options.sync = sync.ok_or_else(no_bitmaps)?;
     if !unmap {
         return Err(unsupported("Parameter 'unmap' must be true: livemirror always keeps the target thin"));
     }
@@ -158,6 +164,10 @@ pub(super) fn drive_mirror(backend: &dyn Backend, mut arguments: Arguments) -> A
     job.check()?;
     backend.start_mirror(&job.device, job.options)?;
     Ok(json!({}))
+}
+
+pub(super) fn no_bitmaps() -> QmpError {
+    unsupported("Parameter 'sync' must be 'full', 'top' or 'none': livemirror has no bitmaps")
 }
 
 fn unsupported(desc: &str) -> QmpError {

@@ -3,7 +3,7 @@
 //! | command | arguments | return |
 //! |---|---|---|
 //! | `livemirror-status` | | [`MountStatus`](super::backend::MountStatus) |
-//! | `livemirror-mirror` | `device`, `target`, [`job-id`, `format`, `existing`, `speed`, `granularity`, `buf-size`, `on-source-error`, `on-target-error`, `copy-mode`, `max-guest-delay-ms`, `reconnect-ms`, `reflink`, `dry-run`] | `{}`; with `dry-run` [`MirrorPlan`](super::backend::MirrorPlan) |
+//! | `livemirror-mirror` | `device`, `target`, [`job-id`, `format`, `existing`, `sync`, `base`, `cluster-size`, `version`, `backing-file`, `backing-fmt`, `speed`, `granularity`, `buf-size`, `on-source-error`, `on-target-error`, `copy-mode`, `max-guest-delay-ms`, `reconnect-ms`, `reflink`, `dry-run`] | `{}`; with `dry-run` [`MirrorPlan`](super::backend::MirrorPlan) |
 //! | `livemirror-cutover` | [`devices`, `max-pause-ms`, `patience-ms`] | list of [`CutoverReport`](super::backend::CutoverReport) |
 //! | `livemirror-verify` | `device`, [`from`] | [`Verified`](crate::mirror::verify::Verified) |
 //! | `livemirror-finish` | `device` | `{}`; `not-now` unless ready |
@@ -22,8 +22,9 @@ use super::arguments::Arguments;
 use super::backend::{Backend, CutoverRequest};
 use super::commands::Answer;
 use super::errors::QmpError;
-use super::jobs::{COPY_MODES, NewJob, check_device};
+use super::jobs::{COPY_MODES, NewJob, SYNCS, check_device, format_of, no_bitmaps};
 use crate::error::{Error, ErrorKind};
+use crate::image::{BackingFile, Layout, Version};
 use crate::mirror::types::{CancelMode, JobInfo, JobStatus};
 
 /// The longest time that one cutover call may keep its connection.
@@ -41,6 +42,11 @@ pub(super) fn mirror(backend: &dyn Backend, mut arguments: Arguments) -> Answer 
     let format = arguments.optional_string("format")?;
     let mut job = NewJob::new(backend, device, job_id, target);
     job.common(&mut arguments)?;
+    if let Some(sync) = arguments.choice("sync", SYNCS)? {
+        job.options.sync = sync.ok_or_else(no_bitmaps)?;
+    }
+    job.options.base = arguments.optional_string("base")?;
+    job.options.layout = layout(&mut arguments)?;
     if let Some(mode) = arguments.choice("copy-mode", COPY_MODES)? {
         job.options.copy_mode = mode;
     }
@@ -61,6 +67,18 @@ pub(super) fn mirror(backend: &dyn Backend, mut arguments: Arguments) -> Answer 
     }
     backend.start_mirror(&job.device, job.options)?;
     Ok(json!({}))
+}
+
+/// How a new target is laid out, by the names of QEMU's `blockdev-create`.
+fn layout(arguments: &mut Arguments) -> Result<Layout, QmpError> {
+    let cluster_bytes = arguments.size("cluster-size")?;
+    let version = arguments.choice("version", &[("v2", Version::V2), ("v3", Version::V3)])?.unwrap_or_default();
+    let file = arguments.optional_string("backing-file")?;
+    let format = arguments.optional_string("backing-fmt")?.map(|name| format_of(&name)).transpose()?;
+    if file.is_none() && format.is_some() {
+        return Err(QmpError::usage("Parameter 'backing-fmt' needs 'backing-file'"));
+    }
+    Ok(Layout { cluster_bytes, version, backing: file.map(|file| BackingFile { file, format }) })
 }
 
 pub(super) fn cutover(backend: &dyn Backend, mut arguments: Arguments) -> Answer {

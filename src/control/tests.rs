@@ -192,10 +192,7 @@ fn what_a_new_mirror_is_told_is_checked_in_qemu_words() {
         (json!({"mode": "wat"}), "Parameter 'mode' does not accept value 'wat'"),
         (json!({"format": "vmdk"}), "Unknown driver 'vmdk'"),
         (json!({"zz": 1}), "Parameter 'zz' is unexpected"),
-        (
-            json!({"sync": "top"}),
-            "Parameter 'sync' must be 'full': livemirror images have no backing file and no bitmaps",
-        ),
+        (json!({"sync": "incremental"}), "Parameter 'sync' must be 'full', 'top' or 'none': livemirror has no bitmaps"),
         (json!({"target": "disk.img"}), "the target must be an absolute path, not 'disk.img'"),
     ] {
         let answer = mount.mirror(&mut raw, more.clone());
@@ -407,7 +404,23 @@ fn the_client_gets_values_errors_and_events() {
     assert_eq!((error.kind(), error.to_string().as_str()), (ErrorKind::NotFound, "os.img has no mirror"));
     assert!(error.advice().is_some());
 
-    client.execute("livemirror-mirror", json!({"device": "disk-1.img", "target": "/n"})).unwrap();
+    let layout = json!({"device": "disk-1.img", "target": "/n", "sync": "top", "base": "/b", "cluster-size": 4096,
+        "version": "v2", "backing-file": "/b", "backing-fmt": "raw"});
+    client.execute("livemirror-mirror", layout).unwrap();
+    let told = "sync: Top, base: Some(\"/b\"), layout: Layout { cluster_bytes: Some(4096), version: V2, \
+        backing: Some(BackingFile { file: \"/b\", format: Some(Raw) }) }";
+    let called = mount.fake.calls.lock()[0].clone();
+    assert!(called.contains(told), "{called}");
+    for (wrong, says) in [
+        (json!({"sync": "bitmap"}), "livemirror has no bitmaps"),
+        (json!({"version": "v4"}), "does not accept value 'v4'"),
+        (json!({"backing-fmt": "raw"}), "'backing-fmt' needs 'backing-file'"),
+    ] {
+        let mut arguments = json!({"device": "disk-1.img", "target": "/n"});
+        arguments.as_object_mut().unwrap().extend(wrong.as_object().unwrap().clone());
+        let error = client.execute("livemirror-mirror", arguments).unwrap_err();
+        assert!(error.to_string().contains(says), "{error}");
+    }
     assert!(mount.fake.called("mirror disk-1.img MirrorOptions { job_id: \"disk-1.img\""));
     assert!(mount.fake.calls.lock()[0].contains("copy_mode: Auto"));
     let created = client.next_event(Duration::from_secs(10)).unwrap().unwrap();

@@ -309,6 +309,10 @@ impl Image for FaultyImage {
         self.inner.backing()
     }
 
+    fn shows_beneath(&self, layers: u32, range: ByteRange) -> ByteRange {
+        self.inner.shows_beneath(layers, range)
+    }
+
     fn settle(&self) -> Result<()> {
         self.inner.settle()
     }

@@ -35,7 +35,7 @@ pub use self::open::{OpenOptions, Role};
 #[cfg(not(all(test, shuttle)))]
 pub use self::open::{create, open, sync_parent_directory};
 pub use self::probe::{format_of_content, format_of_name};
-pub use self::same::{check_in_place, refuse_on_own_disk, refuse_same, same_image};
+pub use self::same::{check_in_place, is_image_at, is_same_file, refuse_on_own_disk, refuse_same, same_image};
 #[cfg(all(test, shuttle))]
 pub use crate::simulation::image::{create, open, sync_parent_directory};
 
@@ -293,6 +293,13 @@ pub trait Image: Send + Sync + fmt::Debug {
     /// The image beneath it, which has what is not allocated in this one.
     fn backing(&self) -> Option<&Arc<dyn Image>> {
         None
+    }
+
+    /// The first part of `range` (on the disk) of which none of the uppermost `layers` layers has anything, this image being the first: what
+    /// is read there is what the layer beneath them holds, or zeroes past its end. Empty where one of them has the first byte, where there is
+    /// no layer beneath, or where it cannot be told.
+    fn shows_beneath(&self, _layers: u32, range: ByteRange) -> ByteRange {
+        range.split(0).0
     }
 
     /// Gives back what is only kept for speed (clusters that were reserved for writes to come); to be called when no request is

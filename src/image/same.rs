@@ -128,6 +128,24 @@ pub fn same_image(image: &dyn Image, path: &Path) -> Result<bool> {
     Ok(are_same(one, other))
 }
 
+/// True if `path` leads to the very file or device of `image`. False also where that has none. Must not be asked of a path in a mount of ours.
+///
+/// # Errors
+/// When `path` cannot be looked at.
+pub fn is_image_at(image: &dyn Image, path: &Path) -> Result<bool> {
+    let opened = layer_of_image(image)?;
+    Ok(opened.is_some() && opened == look(path, &path.display().to_string())?)
+}
+
+/// True if both images are in the very same file or device.
+///
+/// # Errors
+/// When one of them cannot be looked at.
+pub fn is_same_file(one: &dyn Image, other: &dyn Image) -> Result<bool> {
+    let opened = layer_of_image(one)?;
+    Ok(opened.is_some() && opened == layer_of_image(other)?)
+}
+
 /// Refuses a `path` on a disk of ours: in a file system, say, on a loop device on a mounted disk. What is written there waits
 /// for guests' writes, which would then wait for it.
 ///

@@ -12,6 +12,7 @@
 use crate::sync::atomic::Ordering::{Relaxed, SeqCst};
 
 use super::job::{Job, Live};
+use super::scope::common;
 use super::share::share;
 use super::types::Operation;
 use crate::dirty::Claim;
@@ -132,6 +133,12 @@ fn copy_part(
             return Err((Operation::Write, Error::not_now("the job ends")));
         }
         let wanted = ByteRange::from_bounds(at, range.end()).split(buffer.len() as u64).0;
+        let common = common(job, live, wanted);
+        if !common.is_empty() {
+            job.counters.skipped.fetch_add(common.len(), Relaxed);
+            at = common.end();
+            continue;
+        }
         let extent = live.source.extent_within(wanted);
         // An extent that does not move on would be a bug of the image.
         let end = if extent.range.end() > at { extent.range.end() } else { wanted.end() };

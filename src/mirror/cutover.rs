@@ -71,7 +71,7 @@ impl Cutovers {
     pub fn attempt(&self, jobs: &[Arc<Job>], ending: Ending, max_pause: Duration, patience: Duration) -> Result<f64> {
         let give_up_at = Instant::now() + patience;
         let mut rest_until = self.running.lock();
-        let participants = gather(jobs)?;
+        let participants = gather(jobs, ending)?;
         wait_until_near(&participants, max_pause, Duration::ZERO, *rest_until, give_up_at)?;
         let flush_took = flush_beforehand(&participants)?;
         // After the flush, which is given up on where the target hangs; this is not.
@@ -214,9 +214,12 @@ impl Participant {
     }
 }
 
-fn gather(jobs: &[Arc<Job>]) -> Result<Vec<Participant>> {
+fn gather(jobs: &[Arc<Job>], ending: Ending) -> Result<Vec<Participant>> {
     jobs.iter()
         .map(|job| {
+            if ending == Ending::Switch {
+                job.check_whole("cut over")?;
+            }
             let state = job.state.lock();
             let copying = matches!(state.status, JobStatus::Running | JobStatus::Ready | JobStatus::Pending);
             if let Some(Verdict::Failed(error)) = &state.verdict {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::info::describe;
 use super::job::{Job, Live, Verdict};
-use super::types::{JobEvent, JobStatus, LastMirror, MirrorResult};
+use super::types::{JobEvent, JobStatus, LastMirror, MirrorResult, SyncMode};
 use crate::image::Image;
 use crate::sync::{Arc, Instant, SystemTime, thread, wait_until};
 
@@ -139,7 +139,7 @@ fn outcome(job: &Job, verdict: &Verdict) -> LastMirror {
     let (result, consistent, error, pause_ms) = match verdict {
         Verdict::Cancelled { .. } => (MirrorResult::Cancelled, false, None, None),
         Verdict::Failed(error) => (MirrorResult::Failed, false, Some(describe(error)), None),
-        Verdict::Finished => (MirrorResult::Finished, true, None, None),
+        Verdict::Finished => (MirrorResult::Finished, job.options.sync != SyncMode::None, None, None),
         Verdict::Switched { pause_ms } => (MirrorResult::Completed, true, None, Some(*pause_ms)),
         // Nobody hears of it: it is no end.
         Verdict::Suspended => (MirrorResult::Cancelled, false, None, None),

@@ -45,6 +45,7 @@ impl Job {
         JobInfo {
             job_id: self.id().to_owned(),
             target: self.options.target.clone(),
+            sync: self.options.sync,
             state: state.status,
             copy_mode: state.copy_mode,
             granularity: live.map.granularity().bytes(),

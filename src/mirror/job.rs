@@ -30,6 +30,8 @@ pub struct Job {
     pub(super) events: Arc<EventHub>,
     pub(super) cutovers: Arc<Cutovers>,
     pub(super) observer: Arc<dyn JobObserver>,
+    /// So many layers of the source lie above what it and the target have as their base; 0: nothing is left out.
+    pub(super) layers: u32,
     /// The target was made for this job: a cancel removes it.
     pub(super) created_target: bool,
     /// ... and is all holes but for what this job has written.

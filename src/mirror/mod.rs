@@ -16,6 +16,7 @@ mod info;
 pub mod job;
 pub mod pace;
 mod scan;
+mod scope;
 mod share;
 mod start;
 mod states;

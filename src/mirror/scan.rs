@@ -1,12 +1,13 @@
 //! Which parts of the source the target needs: one walk over the source's extents, after tracking is on (rule 4).
 //!
 //! Data is marked dirty. Holes are passed over when the target was made for this job (it reads as zeroes), and marked when the
-//! target held something before: stale data must go (rule 8). The walk clears nothing, so a guest's mark is never lost to it. It
+//! target held something before: stale data must go (rule 8). What both images have from one base is passed over too. The walk clears nothing, so a guest's mark is never lost to it. It
 //! looks at one extent at a time and can be interrupted between any two.
 
 use crate::sync::atomic::Ordering::{Relaxed, SeqCst};
 
 use super::job::{Job, Live};
+use super::scope::common;
 use crate::image::ExtentStatus;
 use crate::range::ByteRange;
 
@@ -30,6 +31,13 @@ fn scan_part(job: &Job, live: &Live, part: ByteRange) -> bool {
     while at < part.end() {
         if job.stopping.load(SeqCst) {
             return false;
+        }
+        let common = common(job, live, ByteRange::from_bounds(at, part.end()));
+        if !common.is_empty() {
+            job.counters.skipped.fetch_add(common.len(), Relaxed);
+            at = common.end();
+            job.counters.scanned_to.store(at, SeqCst);
+            continue;
         }
         let extent = live.source.extent_at(at);
         // An extent that does not move on would be a bug of the image; the rest is then data.

@@ -9,7 +9,7 @@ use super::job::{Counters, Job, JobObserver, Live, State, Wish};
 use super::pace::{Pacer, RateMeter};
 use super::share::Sharing;
 use super::supervise;
-use super::types::{CopyMode, IoStatus, JobEvent, JobStatus, MirrorOptions};
+use super::types::{CopyMode, IoStatus, JobEvent, JobStatus, MirrorOptions, SyncMode};
 use crate::dirty::{DirtyMap, IntentLog};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Format, Image};
@@ -34,7 +34,9 @@ pub struct Setting {
     pub target: Arc<dyn Image>,
     /// It was made for this job. Unless the job is resumed it is all holes.
     pub created_target: bool,
-    /// The durable shadow of the dirty map, if the job is to be resumable. Of a new job: all ones.
+    /// [`SyncMode::Top`]: so many layers of the source lie above the target's backing file. Else 0.
+    pub layers: u32,
+    /// The durable shadow of the dirty map, if the job is to be resumable. Of a new job: all ones ([`SyncMode::None`]: zeroes).
     pub intent: Option<Arc<IntentLog>>,
     /// The job goes on where a server that is gone left it.
     pub resumed: Option<Resumed>,
@@ -82,7 +84,7 @@ fn block_bytes(granularity: Granularity, target: &dyn Image) -> u64 {
 /// # Errors
 /// The target is smaller than the disk; the volume is mirrored already; no thread can be started.
 pub fn start(options: MirrorOptions, setting: Setting, register: impl FnOnce(&Arc<Job>)) -> Result<Arc<Job>> {
-    let Setting { volume, target, created_target, intent, resumed, events, cutovers, observer } = setting;
+    let Setting { volume, target, created_target, layers, intent, resumed, events, cutovers, observer } = setting;
     let size_bytes = volume.size_bytes();
     // A qcow2 file holds whole sectors.
     let as_created = target.size_bytes().saturating_sub(size_bytes) < SECTOR_BYTES;
@@ -92,6 +94,12 @@ pub fn start(options: MirrorOptions, setting: Setting, register: impl FnOnce(&Ar
     if target.size_bytes() < size_bytes {
         let text = format!("the target is too small: {} bytes where the disk has {size_bytes}:", target.size_bytes());
         return Err(Error::new(ErrorKind::Failed, text).on(target.name()));
+    }
+    let lost =
+        resumed.is_some_and(|resumed| resumed.compare || intent.as_ref().is_none_or(|intent| intent.is_broken()));
+    if options.sync == SyncMode::None && lost {
+        let what = "what was written since the mirror began is not known any more:";
+        return Err(Error::new(ErrorKind::Failed, what).on(volume.name()));
     }
     let granularity = options.granularity.unwrap_or_else(|| default_granularity(&*target));
     let map = DirtyMap::with_blocks(size_bytes, granularity, block_bytes(granularity, &*target));
@@ -124,10 +132,12 @@ pub fn start(options: MirrorOptions, setting: Setting, register: impl FnOnce(&Ar
         cutovers,
         observer,
         created_target,
+        layers,
         pacer: Pacer::new(options.speed_bytes_per_second),
         sharing: Sharing::new(options.reflink),
         counters: Counters::from(resumed.unwrap_or_default()),
-        fresh_target: created_target && resumed.is_none(),
+        // What shows a backing file is no hole.
+        fresh_target: created_target && resumed.is_none() && target.image().backing().is_none(),
         comparing: resumed.is_some_and(|resumed| resumed.compare),
         intent: intent.clone(),
         state: Mutex::new(state),
@@ -161,6 +171,7 @@ pub fn start(options: MirrorOptions, setting: Setting, register: impl FnOnce(&Ar
             intent.marked_ranges(|range| ranges.push(range));
             ranges
         }
+        (_, None) if job.options.sync == SyncMode::None => Vec::new(),
         _ => vec![disk],
     };
     if let Some(intent) = &intent {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::image::Format;
+use crate::image::{Format, Layout};
 use crate::range::Granularity;
 
 /// How long a guest's request waits for the target at most, where nothing else is told.
@@ -22,6 +22,19 @@ pub enum CopyMode {
     Background,
     /// The guest waits for both images.
     WriteBlocking,
+}
+
+/// What of the disk a mirror is about (QEMU's `MirrorSyncMode`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SyncMode {
+    /// All of it.
+    #[default]
+    Full,
+    /// What the source has above its backing file, or above [`MirrorOptions::base`]; the target has the same one beneath it.
+    Top,
+    /// What guests write from now on.
+    None,
 }
 
 /// What an error of one side does to the job.
@@ -105,6 +118,15 @@ pub struct MirrorOptions {
     pub format: Option<Format>,
     /// Write into an image that is there (QEMU: `mode: existing`) instead of creating one.
     pub existing: bool,
+    /// What is copied.
+    #[serde(default)]
+    pub sync: SyncMode,
+    /// [`SyncMode::Top`]: the image of the source's chain that is the target's backing file. `None`: the source's own.
+    #[serde(default)]
+    pub base: Option<String>,
+    /// How a target that is created is laid out.
+    #[serde(default)]
+    pub layout: Layout,
     /// When guest writes are answered.
     pub copy_mode: CopyMode,
     /// `None`: the target's cluster size within 4 KiB to 64 KiB, else 64 KiB.
@@ -143,6 +165,9 @@ impl MirrorOptions {
             target: target.into(),
             format: None,
             existing: false,
+            sync: SyncMode::Full,
+            base: None,
+            layout: Layout::default(),
             copy_mode: CopyMode::Auto,
             granularity: None,
             speed_bytes_per_second: 0,
@@ -178,6 +203,9 @@ pub struct JobInfo {
     pub job_id: String,
     /// Absolute path of the target.
     pub target: String,
+    /// What is copied.
+    #[serde(default)]
+    pub sync: SyncMode,
     /// Where it stands.
     pub state: JobStatus,
     /// The mode asked for (`auto` stays `auto`).

@@ -116,6 +116,7 @@ impl Job {
     /// Not ready, or told to finish before.
     pub fn complete(&self) -> Result<()> {
         self.check(JobVerb::Complete)?;
+        self.check_whole("cut over")?;
         {
             let mut state = self.state.lock();
             if state.wish == Wish::Finish {

@@ -58,6 +58,7 @@ enum Found {
 /// # Errors
 /// `NotNow`: the mirror has ended, or is not ready. One of the images cannot be read.
 pub fn step(job: &Job, from: u64) -> Result<Verified> {
+    job.check_whole("compare the images")?;
     let live = job.live().ok_or_else(|| ended(job))?;
     if !job.state.lock().ready {
         let error = Error::not_now("the mirror is not ready: much is still to be copied:");

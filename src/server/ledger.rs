@@ -86,12 +86,15 @@ impl Ledger {
         })
     }
 
-    /// Writes down that a mirror that was unfinished cannot go on.
-    pub(super) fn mirror_is_lost(&self, volume: &str) {
+    /// Writes down that a mirror that was unfinished cannot go on, and why, where that is known.
+    pub(super) fn mirror_is_lost(&self, volume: &str, why: Option<&Error>) {
         let saved = self.change(|state| {
             if let Some(volume) = state.volume_mut(volume) {
                 volume.mirror = None;
                 volume.mirror_died();
+                if let (Some(why), Some(last)) = (why, &mut volume.last_mirror) {
+                    last.error = Some(crate::mirror::describe(why));
+                }
             }
         });
         if let Err(error) = saved {

@@ -8,6 +8,7 @@ use super::heartbeat;
 use super::jobs::has_ended;
 use super::opening::locked_descriptor;
 use super::pairing::Untie;
+use super::scope;
 use super::target;
 use super::unfinished::Unfinished;
 use crate::dirty::IntentLog;
@@ -15,7 +16,7 @@ use crate::dirty::intent::{JobId, Settings};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
 use crate::mirror::job::Job;
-use crate::mirror::types::{CancelMode, JobStatus, LastMirror, MirrorOptions, MirrorResult};
+use crate::mirror::types::{CancelMode, JobStatus, LastMirror, MirrorOptions, MirrorResult, SyncMode};
 use crate::mirror::{self, Resumed, Setting, default_granularity};
 use crate::state::{MirrorRecord, Stamp, random_id};
 use crate::sync::{Arc, Instant, SystemTime, thread};
@@ -24,15 +25,16 @@ use crate::volume::Volume;
 impl Server {
     /// Starts the mirror of `volume` from the beginning.
     pub(super) fn start_job(&self, volume: &Arc<Volume>, options: &MirrorOptions) -> Result<()> {
-        let target = target::prepare(volume, &self.volumes, options, &self.config)?;
+        let (options, above_base) = scope::find(&*volume.active(), options.clone())?;
+        let target = target::prepare(volume, &self.volumes, &options, above_base, &self.config)?;
         self.ledger.tell_apart(&*target.image, &*volume.active());
         let granularity = options.granularity.unwrap_or_else(|| default_granularity(&*target.image));
         // What it is now it stays, whatever a guest writes onto its disk.
         let format = Some(target.image.format());
-        let options = MirrorOptions { granularity: Some(granularity), format, ..options.clone() };
+        let options = MirrorOptions { granularity: Some(granularity), format, ..options };
         self.ledger.park(&*target.image);
         let started = self.pair(volume, &target, &options).and_then(|intent| {
-            let setting = self.setting(volume, target.image.clone(), target.created, intent, None);
+            let setting = self.setting(volume, &target, above_base, intent, None);
             self.run_job(options.clone(), setting).map(drop)
         });
         started.inspect_err(|_| {
@@ -58,7 +60,12 @@ impl Server {
         untie.know(&target.image);
         let settings = Settings::new(options.max_guest_delay, untie);
         let id = JobId::from_hex(&job).ok_or_else(|| Error::new(ErrorKind::Corrupt, "no id for a job"))?;
-        let intent = match IntentLog::create(&self.ledger.store.intent_log(&job), id, size_bytes, settings) {
+        let path = self.ledger.store.intent_log(&job);
+        let created = match options.sync {
+            SyncMode::None => IntentLog::create_unmarked(&path, id, size_bytes, settings),
+            SyncMode::Full | SyncMode::Top => IntentLog::create(&path, id, size_bytes, settings),
+        };
+        let intent = match created {
             Ok(intent) => intent,
             Err(error) => {
                 // Costs the ability to resume, nothing else. (Where the record cannot be written either, no mirror starts.)
@@ -101,7 +108,7 @@ impl Server {
                     log::error!("{error}; the mirror of {} cannot go on", volume.name());
                     self.ledger.unpair(volume, None);
                     self.ledger.unpark(&record.options.target);
-                    self.ledger.mirror_is_lost(volume.name());
+                    self.ledger.mirror_is_lost(volume.name(), Some(&error));
                 }
             }
         }
@@ -126,15 +133,17 @@ impl Server {
     }
 
     /// Goes on with an unfinished mirror whose target has been opened and checked.
-    pub(super) fn resume_job(&self, left: &Unfinished, target: Arc<dyn Image>, record: &MirrorRecord) -> Result<()> {
+    pub(super) fn resume_job(
+        &self,
+        left: &Unfinished,
+        target: Arc<dyn Image>,
+        above_base: u32,
+        record: &MirrorRecord,
+    ) -> Result<()> {
         let marked = left.intent().marked_bytes();
-        let setting = self.setting(
-            &left.volume,
-            target,
-            record.created_target,
-            Some(left.intent().clone()),
-            Some(left.resumed(record)),
-        );
+        let target = target::Target { image: target, created: record.created_target };
+        let resumed = left.resumed(record);
+        let setting = self.setting(&left.volume, &target, above_base, Some(left.intent().clone()), Some(resumed));
         let job = self.run_job(record.options.clone(), setting)?;
         if let Some(now) = self.ledger.mirror(left.volume.name()) {
             take_wishes(&job, record, &now);
@@ -147,15 +156,16 @@ impl Server {
     fn setting(
         &self,
         volume: &Arc<Volume>,
-        target: Arc<dyn Image>,
-        created_target: bool,
+        target: &target::Target,
+        above_base: u32,
         intent: Option<Arc<IntentLog>>,
         resumed: Option<Resumed>,
     ) -> Setting {
         Setting {
             volume: volume.clone(),
-            target,
-            created_target,
+            target: target.image.clone(),
+            created_target: target.created,
+            layers: above_base,
             intent,
             resumed,
             events: self.events.clone(),

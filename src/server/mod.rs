@@ -19,6 +19,7 @@ mod pairing;
 mod phases;
 mod plan;
 mod run;
+mod scope;
 #[cfg(all(test, shuttle))]
 pub(crate) mod simulated;
 mod target;

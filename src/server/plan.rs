@@ -3,11 +3,13 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use super::scope;
 use super::target::{Place, check};
 use crate::control::backend::MirrorPlan;
 use crate::error::Result;
 use crate::image::{ExtentStatus, Image};
-use crate::mirror::types::MirrorOptions;
+use crate::mirror::types::{MirrorOptions, SyncMode};
+use crate::range::ByteRange;
 use crate::sync::Arc;
 use crate::volume::Volume;
 
@@ -24,9 +26,14 @@ pub(super) fn plan(
     state_dir: &Path,
     options: &MirrorOptions,
 ) -> Result<MirrorPlan> {
-    let place = check(volumes, state_dir, options)?;
     let source = volume.active();
-    let (data_bytes, read_per_second) = measure(&*source, volume.size_bytes());
+    let (options, above_base) = scope::find(&*source, options.clone())?;
+    let options = &options;
+    let place = check(volumes, state_dir, options)?;
+    let (data_bytes, read_per_second) = match options.sync {
+        SyncMode::None => (0, None),
+        SyncMode::Full | SyncMode::Top => measure(&*source, above_base, volume.size_bytes()),
+    };
     let path = Path::new(&options.target);
     let directory = if matches!(place, Place::Free) { path.parent().unwrap_or(path) } else { path };
     let available_bytes =
@@ -63,14 +70,19 @@ fn may_share(source: &dyn Image, directory: &Path) -> bool {
     source.path().is_some_and(|path| same(&path)) && matches!(kind, Ok(BTRFS_SUPER_MAGIC | XFS_SUPER_MAGIC))
 }
 
-/// Counts the data of `image` and reads a sample of it; returns bytes of data, and bytes per second if any was read.
-fn measure(image: &dyn Image, size_bytes: u64) -> (u64, Option<u64>) {
+/// Counts the data of `image` (0 layers above a base: all of it) and reads a sample of it; returns bytes of data, and bytes per second if any was read.
+fn measure(image: &dyn Image, above_base: u32, size_bytes: u64) -> (u64, Option<u64>) {
     let mut data_bytes = 0;
     let mut sampled = 0;
     let mut took = Duration::ZERO;
     let mut buffer = vec![0; SAMPLE_PIECE as usize];
     let mut at = 0;
     while at < size_bytes {
+        let beneath = image.shows_beneath(above_base, ByteRange::from_bounds(at, size_bytes));
+        if !beneath.is_empty() {
+            at = beneath.end();
+            continue;
+        }
         let extent = image.extent_at(at);
         let end = extent.range.end().clamp(at + 1, size_bytes);
         if extent.status == ExtentStatus::Data {

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::config::MountConfig;
+use super::scope;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::nbd::uri;
 use crate::image::{
@@ -99,11 +100,12 @@ pub(super) fn refuse_own(volumes: &[Arc<Volume>], path: &Path) -> Result<()> {
 /// Creates or opens the target of a mirror of `volume`.
 ///
 /// # Errors
-/// As [`check`]; it cannot be created, opened or locked; it is smaller than the disk.
+/// As [`check`]; it cannot be created, opened or locked; it is smaller than the disk; it does not have the base that it should.
 pub(super) fn prepare(
     volume: &Volume,
     volumes: &[Arc<Volume>],
     options: &MirrorOptions,
+    above_base: u32,
     config: &MountConfig,
 ) -> Result<Target> {
     let path = Path::new(&options.target);
@@ -118,6 +120,10 @@ pub(super) fn prepare(
     };
     match check(volumes, &config.state_dir, options)? {
         Place::Taken => {
+            if options.layout != Layout::default() {
+                let what = "clusters, version and backing file can only be told of a target that is created:";
+                return Err(Error::usage(what).on(&*options.target).advise("leave them away, or name a new file"));
+            }
             let image = open(path, &open_options)?;
             if image.size_bytes() < volume.size_bytes() {
                 let what = format!(
@@ -127,12 +133,14 @@ pub(super) fn prepare(
                 );
                 return Err(Error::usage(what).on(&*options.target).advise("make it as large as the disk"));
             }
+            scope::check_target(&*volume.active(), above_base, &*image)?;
             Ok(Target { image, created: false })
         }
         Place::Free => {
             let like = volume.active().attributes().ok();
-            let image = create(path, volume.size_bytes(), like.as_ref(), &Layout::default(), &open_options)?;
-            if let Err(error) = sync_parent_directory(path) {
+            let image = create(path, volume.size_bytes(), like.as_ref(), &options.layout, &open_options)?;
+            let checked = scope::check_target(&*volume.active(), above_base, &*image);
+            if let Err(error) = checked.and_then(|()| sync_parent_directory(path)) {
                 discard(&Target { image, created: true });
                 return Err(error);
             }

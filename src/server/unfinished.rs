@@ -15,13 +15,14 @@ use super::backend::Server;
 use super::ledger::Ledger;
 use super::opening::locked_descriptor;
 use super::pairing::{self, Untie};
+use super::scope;
 use super::target;
 use crate::dirty::IntentLog;
 use crate::dirty::intent::{JobId, Settings};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{OpenOptions, Role, open};
 use crate::mirror::Resumed;
-use crate::mirror::types::JobInfo;
+use crate::mirror::types::{JobInfo, SyncMode};
 use crate::range::ByteRange;
 use crate::state::{Counts, MirrorRecord};
 use crate::sync::{Arc, Condvar, Instant, Mutex, thread, wait_until};
@@ -55,6 +56,17 @@ struct State {
     try_now: bool,
 }
 
+/// What a guest wrote since the mirror began cannot be found out by comparing.
+fn refuse_unknown_writes(record: &MirrorRecord) -> Result<()> {
+    match (&record.compare, record.options.sync) {
+        (Some(why), SyncMode::None) => {
+            let what = format!("a mirror of what is written from its start on (--sync none) cannot go on, as {why}:");
+            Err(Error::new(ErrorKind::Failed, what).on(record.options.target.clone()))
+        }
+        _ => Ok(()),
+    }
+}
+
 impl Unfinished {
     /// Finds the log of an unfinished mirror and sees to it that guests' changes are marked in it from the first on.
     ///
@@ -75,6 +87,7 @@ impl Unfinished {
             );
             return Err(Error::new(ErrorKind::Failed, what).on(volume.name()));
         }
+        refuse_unknown_writes(record)?;
         let untie = Untie::new(ledger, volume);
         let settings = Settings::new(record.options.max_guest_delay, untie.clone());
         let path = ledger.store.intent_log(&record.job);
@@ -127,7 +140,7 @@ impl Unfinished {
 
     /// Opens the target, checks it and starts the job.
     fn attempt(&self, server: &Server) -> Result<()> {
-        let Some(mut record) = server.ledger.mirror(self.volume.name()) else { return self.end_as_lost(server) };
+        let Some(mut record) = server.ledger.mirror(self.volume.name()) else { return self.end_as_lost(server, None) };
         let path = PathBuf::from(&record.options.target);
         let path = path.as_path();
         // The keeper holds its own copy, and so its locks: a later attempt could not lock the target anew.
@@ -146,6 +159,8 @@ impl Unfinished {
             insist: false,
         };
         let target = open(path, &options)?;
+        let (_, above_base) = scope::find(&*self.volume.active(), record.options.clone())?;
+        scope::check_target(&*self.volume.active(), above_base, &*target)?;
         let trusted = record.compare.is_none();
         pairing::look_at_target(&mut record, &*target, &server.ledger.marks, held)?;
         if target.size_bytes() < record.size_bytes {
@@ -155,6 +170,13 @@ impl Unfinished {
         let _one = server.starting.lock();
         if self.state.lock().over {
             return Ok(());
+        }
+        if let Err(error) = refuse_unknown_writes(&record) {
+            log::error!("{error}");
+            server.ledger.unpair(&self.volume, Some(&*target));
+            drop(target);
+            server.ledger.unpark(&record.options.target);
+            return self.end_as_lost(server, Some(&error));
         }
         if let Some(descriptor) = locked_descriptor(&*target) {
             // What follows may fail after the keeper has it: then it is the keeper's locks that are in the way.
@@ -168,7 +190,7 @@ impl Unfinished {
         let same = server.ledger.mirror(self.volume.name()).is_some_and(|known| known.job == checked.job);
         if self.intent.is_broken() || !same {
             // The pairing was destroyed while the target was opened.
-            return self.end_as_lost(server);
+            return self.end_as_lost(server, None);
         }
         server.ledger.change_mirror(self.volume.name(), |known| {
             known.compare = checked.compare;
@@ -176,11 +198,11 @@ impl Unfinished {
             known.target_identity = checked.target_identity;
         })?;
         // With what users have told it meanwhile.
-        let Some(record) = server.ledger.mirror(self.volume.name()) else { return self.end_as_lost(server) };
+        let Some(record) = server.ledger.mirror(self.volume.name()) else { return self.end_as_lost(server, None) };
         server.ledger.park(&*target);
         server.ledger.raise(self.volume.name(), &*self.volume.active(), &*target)?;
         self.untie.know(&target);
-        server.resume_job(self, target, &record)?;
+        server.resume_job(self, target, above_base, &record)?;
         self.state.lock().over = true;
         self.keep_parked(None);
         Ok(())
@@ -231,11 +253,11 @@ impl Unfinished {
         self.intent.close();
     }
 
-    /// Its log broke before it could go on.
-    fn end_as_lost(&self, server: &Server) -> Result<()> {
+    /// Its log broke before it could go on, or `why`.
+    fn end_as_lost(&self, server: &Server, why: Option<&Error>) -> Result<()> {
         if !self.state.lock().over {
             self.end_marking();
-            server.ledger.mirror_is_lost(self.volume.name());
+            server.ledger.mirror_is_lost(self.volume.name(), why);
         }
         Ok(())
     }

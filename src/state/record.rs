@@ -11,7 +11,7 @@ use super::pulse::Counts;
 use crate::error::Error;
 use crate::error::Result;
 use crate::image::{Format, Identity};
-use crate::mirror::types::{IoStatus, JobInfo, JobStatus, LastMirror, MirrorOptions, MirrorResult};
+use crate::mirror::types::{IoStatus, JobInfo, JobStatus, LastMirror, MirrorOptions, MirrorResult, SyncMode};
 use crate::range::Granularity;
 use crate::sync::SystemTime;
 use crate::volume::ShownAttributes;
@@ -116,6 +116,7 @@ impl MirrorRecord {
         JobInfo {
             job_id: options.job_id.clone(),
             target: options.target.clone(),
+            sync: options.sync,
             state: JobStatus::Paused,
             copy_mode: options.copy_mode,
             granularity: options.granularity.unwrap_or(Granularity::DEFAULT).bytes(),
@@ -191,12 +192,13 @@ impl VolumeState {
 
     /// Writes down that the mirror to `target` is over.
     pub fn mirror_ended(&mut self, target: &str, result: MirrorResult) {
+        let whole = self.mirror.as_ref().is_none_or(|record| record.options.sync != SyncMode::None);
         self.mirror_target = None;
         self.mirror = None;
         self.last_mirror = Some(LastMirror {
             target: target.to_owned(),
             result,
-            consistent: matches!(result, MirrorResult::Completed | MirrorResult::Finished),
+            consistent: whole && matches!(result, MirrorResult::Completed | MirrorResult::Finished),
             error: None,
             pause_ms: None,
             ended: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),

@@ -135,11 +135,25 @@ impl IntentLog {
     pub fn create(path: &Path, job: JobId, size_bytes: u64, settings: Settings) -> Result<IntentLog> {
         let layout = Layout::new(size_bytes);
         let marked: Vec<u64> = (0..layout.words()).map(|at| layout.mask(at)).collect();
+        Self::create_marked(path, job, layout, &marked, settings)
+    }
+
+    /// As [`IntentLog::create`], for a job that is not concerned with what was there before it: no region is marked.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn create_unmarked(path: &Path, job: JobId, size_bytes: u64, settings: Settings) -> Result<IntentLog> {
+        let layout = Layout::new(size_bytes);
+        let marked: Vec<u64> = (0..layout.words()).map(|_| 0).collect();
+        Self::create_marked(path, job, layout, &marked, settings)
+    }
+
+    fn create_marked(path: &Path, job: JobId, layout: Layout, marked: &[u64], settings: Settings) -> Result<IntentLog> {
         let file = file::create(path)?;
         let name = path.display().to_string();
-        write_whole(&file, layout, &job, &marked, &name)?;
+        write_whole(&file, layout, &job, marked, &name)?;
         file::settle(&file, path, layout.sectors() * SECTOR_BYTES)?;
-        Self::start(Box::new(file), name, job, layout, &marked, settings)
+        Self::start(Box::new(file), name, job, layout, marked, settings)
     }
 
     /// The log that a job left behind. Regions whose sector is missing, damaged or of another job or disk are marked, and so is

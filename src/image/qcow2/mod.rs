@@ -282,6 +282,10 @@ impl Image for Qcow2Image {
         self.backing.as_ref()
     }
 
+    fn shows_beneath(&self, layers: u32, range: ByteRange) -> ByteRange {
+        self.unallocated(layers, range)
+    }
+
     fn settle(&self) -> Result<()> {
         if !self.opened.writable {
             return Ok(());

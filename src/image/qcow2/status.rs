@@ -78,6 +78,26 @@ impl Qcow2Image {
         }
     }
 
+    /// See [`crate::image::Image::shows_beneath`].
+    pub(super) fn unallocated(&self, layers: u32, range: ByteRange) -> ByteRange {
+        let nothing = range.split(0).0;
+        let Some(backing) = self.backing.as_ref().filter(|_| layers > 0 && !range.is_empty()) else { return nothing };
+        let looked_at = range.split(self.header.l2_span_bytes()).0;
+        let run = {
+            let _held = self.stripes.shared(looked_at.split(1).0);
+            self.run_at(looked_at)
+        };
+        match run {
+            Ok(Run { range, place: Place::Unallocated }) if layers == 1 => range,
+            Ok(Run { range, place: Place::Unallocated }) => {
+                // Past its end the next layer reads as zeroes, whatever is beneath that one.
+                let there = self.backed(range);
+                if there.is_empty() { nothing } else { backing.shows_beneath(layers - 1, there) }
+            }
+            _ => nothing,
+        }
+    }
+
     /// True if `range`, which is not allocated here, reads as zeroes as far as can be told without reading.
     pub(super) fn backing_is_zero(&self, range: ByteRange) -> bool {
         let mut rest = self.backed(range);

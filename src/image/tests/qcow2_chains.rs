@@ -213,3 +213,44 @@ fn an_image_does_not_lead_to_what_its_owner_may_not_read() {
     std::fs::set_permissions(directory.path(), PermissionsExt::from_mode(0o711)).unwrap();
     open(&at("top.qcow2"), &OpenOptions::default()).unwrap();
 }
+
+/// The parts of the disk in which the uppermost `layers` layers have nothing, in KiB.
+fn shown_beneath(image: &dyn Image, layers: u32) -> Vec<(u64, u64)> {
+    let mut found: Vec<(u64, u64)> = Vec::new();
+    let mut at = 0;
+    while at < image.size_bytes() {
+        let shown = image.shows_beneath(layers, ByteRange::from_bounds(at, image.size_bytes()));
+        match found.last_mut() {
+            _ if shown.is_empty() => at += K,
+            Some(last) if last.1 * K == at => last.1 = shown.end() / K,
+            _ => found.push((at / K, shown.end() / K)),
+        }
+        at = at.max(shown.end());
+    }
+    found
+}
+
+#[test]
+fn what_lies_beneath_shows_where_no_layer_above_it_has_anything() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name);
+    std::fs::write(at("base.img"), vec![7; 1 << 20]).unwrap();
+    // The middle ends before the base does: past its end the disk is zero, and the base does not show.
+    if new_file(&at("middle.qcow2"), "cluster_size=4k,backing_file=base.img,backing_fmt=raw", 512 * K).is_none() {
+        return;
+    }
+    new_file(&at("top.qcow2"), "backing_file=middle.qcow2,backing_fmt=qcow2", 1 << 20).unwrap();
+    open_qcow2(&at("middle.qcow2"), CacheMode::Writeback).write_at(132 * K, &[1; 4096]).unwrap();
+    let image = open_qcow2(&at("top.qcow2"), CacheMode::Writeback);
+    image.write_at(70 * K, &[2]).unwrap();
+    image.discard(ByteRange::new(256 * K, 64 * K)).unwrap();
+    assert_eq!(shown_beneath(&*image, 1), [(0, 64), (128, 256), (320, 1024)]);
+    assert_eq!(shown_beneath(&*image, 2), [(0, 64), (128, 132), (136, 256), (320, 512)]);
+    assert_eq!(shown_beneath(&*image, 0), [], "nothing lies above itself");
+    assert_eq!(shown_beneath(&*image, 3), [], "nothing lies beneath the last");
+    let mut past = [9; 512];
+    image.read_at(600 * K, &mut past).unwrap();
+    assert_eq!(past, [0; 512]);
+    let base = open(&at("base.img"), &OpenOptions::default()).unwrap();
+    assert_eq!(shown_beneath(&*base, 1), []);
+}

@@ -128,6 +128,7 @@ impl World {
             volume: volume.clone(),
             target,
             created_target,
+            layers: 0,
             intent: None,
             resumed: None,
             events: self.events.clone(),

@@ -94,7 +94,16 @@ fn memory_for_it_has_an_end() {
 #[derive(Clone, Debug)]
 enum Step {
     Mark(ByteRange),
-    Copy { from: u64, limit: u32, fails: bool },
+    Copy {
+        from: u64,
+        limit: u32,
+        fails: bool,
+    },
+    /// To both images at once.
+    Synchronous {
+        range: ByteRange,
+        fails: bool,
+    },
 }
 
 proptest! {
@@ -106,6 +115,10 @@ proptest! {
         steps in prop::collection::vec(prop_oneof![
             3 => (0..40 * GRANULE, 1..3 * GRANULE).prop_map(|(start, len)| Step::Mark(ByteRange::new(start, len))),
             3 => (0..40 * GRANULE, 1..BLOCK).prop_map(|(start, len)| Step::Mark(ByteRange::new(start, len))),
+            2 => (0..40 * GRANULE, 1..3 * GRANULE, any::<bool>()).prop_map(|(start, len, fails)| Step::Synchronous {
+                range: ByteRange::new(start, len),
+                fails,
+            }),
             4 => (0..40_u64, 1..5_u32, any::<bool>()).prop_map(|(from, limit, fails)| Step::Copy { from, limit, fails }),
         ], 1..60),
     ) {
@@ -125,6 +138,23 @@ proptest! {
                     let part = range.intersect(disk);
                     narrowed |= !part.is_empty() && part.align_out(GRANULE).intersect(disk) != part;
                     differ.extend(blocks(range));
+                }
+                Step::Synchronous { range, fails } => {
+                    let hold = map.try_hold(range).unwrap();
+                    hold.clear_covered();
+                    let (start, end) = (hold.range().start(), hold.range().end());
+                    if fails {
+                        drop(hold);
+                        differ.extend(blocks(range));
+                        let part = range.intersect(disk);
+                        narrowed |= !part.is_empty() && part.align_out(GRANULE).intersect(disk) != part;
+                    } else {
+                        hold.finish();
+                        let whole = start.div_ceil(GRANULE)..if end == size { size.div_ceil(GRANULE) } else { end / GRANULE };
+                        differ.retain(|block| !whole.contains(&(block * BLOCK / GRANULE)));
+                        // Their words still say what they said.
+                        exact.retain(|granule| !whole.contains(granule));
+                    }
                 }
                 Step::Copy { from, limit, fails } => {
                     let Some(mut claim) = map.claim(Granule(from), limit) else { continue };

@@ -70,7 +70,7 @@ impl Drop for Hold {
         }
         if !self.finished {
             let granules = touched_granules(self.range, self.map.granularity());
-            self.map.bits.set(granules.start, granules.end);
+            self.map.set(self.range, granules);
         }
         let mut busy = self.map.busy.lock();
         busy.holds.remove(self.range.start());

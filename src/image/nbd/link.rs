@@ -315,10 +315,14 @@ impl Link {
         Ok(())
     }
 
-    /// The least busy connection.
-    fn connection(&self, deadline: Instant) -> Result<Arc<Connection>, Trouble> {
+    /// The least busy connection, for a request that began at `epoch`.
+    fn connection(&self, deadline: Instant, epoch: u64) -> Result<Arc<Connection>, Trouble> {
         let mut state = self.state.lock();
         loop {
+            // Nothing of it is under way here: it was not sent yet, or the end of what it was sent over was read.
+            if self.given_up.load(SeqCst) != epoch {
+                return Err(Trouble::GivenUp);
+            }
             match &state.phase {
                 Phase::Up => {
                     let best = state.connections.iter().min_by_key(|connection| connection.load());
@@ -353,7 +357,7 @@ impl Link {
         let last = Instant::now() + answer + self.patience.reconnect;
         let submit = |command: &Command| -> Result<Arc<Call>, Trouble> {
             let call = Call::new(command.clone(), hold.cloned());
-            self.connection(last)?.submit(call.clone());
+            self.connection(last, epoch)?.submit(call.clone());
             Ok(call)
         };
         let calls = commands.iter().map(submit).collect::<Vec<_>>();
@@ -433,6 +437,7 @@ impl Link {
         self.given_up.fetch_add(1, SeqCst);
         let connections = self.state.lock().connections.clone();
         connections.iter().for_each(|connection| connection.cut());
+        // Also who waits for a server that is away: nobody else would wake them before their time is up.
         self.changed.notify_all();
     }
 

@@ -193,6 +193,47 @@ fn the_next_connection_waits_until_the_end_of_the_last_one_was_read() {
 }
 
 #[test]
+fn who_waits_for_a_server_that_is_away_is_released_when_the_image_gives_up() {
+    let forever = Duration::from_secs(24 * 3600);
+    let mut server = Server::new(SIZE, FLUSH);
+    let Some(image) = open(&server, patience(forever, forever)) else { return };
+    let image = Arc::new(image);
+    image.write_at(0, &[1; 512]).unwrap();
+    // One request is lost with the connection and waits to be sent again, others never were.
+    server.hold(WRITE);
+    let waiting = Arc::new(());
+    let begin = |offset: u64| {
+        let (image, waiting) = (image.clone(), waiting.clone());
+        std::thread::spawn(move || {
+            let result = image.write_at(offset, &[2; 512]);
+            drop(waiting);
+            result
+        })
+    };
+    let sent = begin(0);
+    server.wait_for_held(1);
+    server.kill();
+    let others = [begin(512), begin(4096)];
+    std::thread::sleep(MOMENT);
+    assert_eq!(Arc::strong_count(&waiting), 4, "they wait for the server");
+    // Who comes a moment later waits anew: given up again and again until all were told.
+    eventually("the requests to be given up", || {
+        image.give_up();
+        Arc::strong_count(&waiting) == 1
+    });
+    for writer in [sent].into_iter().chain(others) {
+        let error = writer.join().unwrap().unwrap_err();
+        assert!(error.to_string().contains("given up"), "{error}");
+    }
+    // Nothing of them is under way, so their ranges are free; what was acknowledged is sent again, what was given up on is not.
+    server.restart();
+    assert_eq!(read(&image, 0, 1024), [[1; 512], [0; 512]].concat());
+    image.write_at(0, &[3; 8192]).unwrap();
+    image.flush().unwrap();
+    assert_eq!(server.content()[..8192], [3; 8192]);
+}
+
+#[test]
 fn an_image_that_was_dropped_frees_its_export_when_its_server_is_done() {
     let server = Server::new(SIZE, FLUSH);
     let Some(image) = open(&server, patience(LONG, Duration::from_millis(200))) else { return };

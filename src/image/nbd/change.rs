@@ -41,6 +41,14 @@ pub(super) enum Change {
 }
 
 impl Change {
+    /// Where.
+    pub(super) fn range(&self) -> ByteRange {
+        match self {
+            Change::Write { offset, data } => ByteRange::new(*offset, data.len() as u64),
+            Change::Zero { range, .. } => *range,
+        }
+    }
+
     /// Bytes that it holds in memory.
     pub(super) fn memory_bytes(&self) -> u64 {
         match self {

@@ -60,6 +60,26 @@ impl NbdImage {
         Instant::now() + self.patience.answer + self.patience.reconnect
     }
 
+    /// Waits until the deadline of a request, which a server that is being brought up to date puts off.
+    fn within<T>(&self, mut wait: impl FnMut(Instant) -> Option<T>) -> Option<T> {
+        let (mut deadline, mut busy) = (self.deadline(), self.link.busy());
+        loop {
+            if let Some(done) = wait(deadline) {
+                return Some(done);
+            }
+            let more = self.link.busy().saturating_sub(busy);
+            if more.is_zero() {
+                return None;
+            }
+            deadline += more;
+            busy += more;
+        }
+    }
+
+    fn settled(&self, range: ByteRange) -> bool {
+        self.within(|deadline| self.link.ranges.wait_for_abandoned(range, deadline).then_some(())).is_some()
+    }
+
     fn failed(&self, what: &str, range: ByteRange, trouble: &Trouble) -> Error {
         let error = match trouble {
             Trouble::Server(errno) => Error::io(what, &std::io::Error::from_raw_os_error(*errno)).on(&*self.uri),
@@ -92,7 +112,7 @@ impl NbdImage {
             return Err(Error::new(ErrorKind::ReadOnly, what).on(&*self.uri).at(range));
         }
         self.make_room(bytes)?;
-        let held = self.link.ranges.hold(self.blocks(range), self.deadline());
+        let held = self.within(|deadline| self.link.ranges.hold(self.blocks(range), deadline));
         held.ok_or_else(|| self.failed(&format!("cannot {what}"), range, &Trouble::Silent))
     }
 
@@ -216,7 +236,7 @@ impl Image for NbdImage {
         let range = ByteRange::new(offset, buffer.len() as u64);
         check_bounds(self, "read", range)?;
         let blocks = self.blocks(range);
-        let read = match self.link.ranges.wait_for_abandoned(blocks, self.deadline()) {
+        let read = match self.settled(blocks) {
             true => self.read_blocks(blocks),
             false => Err(Trouble::Silent),
         };
@@ -271,7 +291,7 @@ impl Image for NbdImage {
         }
         let nothing = ByteRange::new(0, 0);
         let failed = |trouble| self.failed("cannot flush", nothing, &trouble);
-        if !self.link.ranges.wait_for_abandoned(ByteRange::new(0, self.size_bytes), self.deadline()) {
+        if !self.settled(ByteRange::new(0, self.size_bytes)) {
             return Err(failed(Trouble::Silent));
         }
         let flushed = self.link.flush().map_err(failed);

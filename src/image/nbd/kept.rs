@@ -15,6 +15,8 @@ use crate::sync::Mutex;
 
 /// Bytes that may be kept. More is flushed: often enough to be small in memory, rarely enough to be small in time.
 pub(super) const KEPT_BYTES_MAX: u64 = 64 << 20;
+/// Changes that may be kept: each is a request at least, when they are sent again.
+pub(super) const KEPT_CHANGES_MAX: usize = 16_384;
 /// What one change takes besides its bytes.
 const ENTRY_BYTES: u64 = 128;
 
@@ -80,7 +82,8 @@ impl Kept {
     /// True if a change with `bytes` has room.
     pub(super) fn has_room_for(&self, bytes: u64) -> bool {
         let list = self.list.lock();
-        list.changes.is_empty() || list.bytes + bytes <= KEPT_BYTES_MAX
+        let count = list.changes.len();
+        count == 0 || (count < KEPT_CHANGES_MAX && list.bytes + bytes <= KEPT_BYTES_MAX)
     }
 
     /// All of it, in the order in which it was made; true: it was acknowledged.
@@ -92,6 +95,7 @@ impl Kept {
 #[cfg(all(test, not(shuttle)))]
 mod tests {
     use super::*;
+    use crate::range::ByteRange;
     use crate::sync::Arc;
 
     fn write(byte: u8, len: usize) -> Change {
@@ -129,5 +133,10 @@ mod tests {
         assert!(kept.has_room_for(KEPT_BYTES_MAX / 2) && !kept.has_room_for(KEPT_BYTES_MAX));
         kept.forget(number);
         assert!(kept.has_room_for(KEPT_BYTES_MAX));
+        let zero = || Change::Zero { range: ByteRange::new(0, 512), keep: true };
+        let numbers: Vec<_> = (0..KEPT_CHANGES_MAX).map(|_| kept.begin(zero())).collect();
+        assert!(!kept.has_room_for(0));
+        kept.settle(&numbers[..1]);
+        assert!(kept.has_room_for(512));
     }
 }

@@ -23,6 +23,7 @@ use super::connection::{Connection, End, Export, NoConnection};
 use super::ends::User;
 use super::kept::Kept;
 use super::ranges::{Held, Ranges};
+use super::replay::Replay;
 use crate::sync::{Arc, Condvar, Instant, Mutex, wait_until};
 use crate::sys::libnbd::{Command, Library};
 
@@ -79,12 +80,17 @@ struct State {
     ended: usize,
     generation: u64,
     export: Export,
+    /// How long servers that had come back were busy with what was sent again: no request's time runs then.
+    busy: Duration,
 }
 
 enum Phase {
     Up,
     Down {
         since: Instant,
+        /// The last sign of life, and so many answers to what was sent again: only more than ever before count as one.
+        alive: Instant,
+        answers: u64,
         reason: String,
     },
     /// For good.
@@ -137,6 +143,7 @@ impl Link {
                 ended: 0,
                 generation: 0,
                 export,
+                busy: Duration::ZERO,
             }),
             changed: Condvar::new(),
             kept: Kept::default(),
@@ -206,7 +213,8 @@ impl Link {
             }
             Phase::Up => {
                 log::warn!("{}: the connection is lost: {}", self.uri, end.reason);
-                state.phase = Phase::Down { since: Instant::now(), reason: end.reason };
+                let since = Instant::now();
+                state.phase = Phase::Down { since, alive: since, answers: 0, reason: end.reason };
             }
             Phase::Down { .. } => (),
         }
@@ -300,27 +308,38 @@ impl Link {
 
     fn send_again(&self, connection: &Connection) -> Result<(), String> {
         let kept = self.kept.all();
-        for (change, acknowledged) in &kept {
-            let mut carrier = Alone { connection, patience: self.patience };
-            match carry_out(&connection.export, change, &mut carrier) {
-                // One that was not acknowledged has a caller, who tries again and hears of it.
-                Err(Trouble::Server(_)) if !acknowledged => (),
-                Err(trouble) => return Err(format!("changes that it has lost cannot be sent again ({trouble})")),
-                Ok(()) => (),
-            }
-        }
+        Replay::new(connection, self.patience.answer, &kept, &|answers, waited| self.note_answer(answers, waited))
+            .run()
+            .map_err(|trouble| format!("changes that it has lost cannot be sent again ({trouble})"))?;
         if !kept.is_empty() {
             log::info!("{}: {} changes that were not flushed were sent again", self.uri, kept.len());
         }
         Ok(())
     }
 
-    /// The least busy connection, for a request that began at `epoch`.
-    fn connection(&self, deadline: Instant, epoch: u64) -> Result<Arc<Connection>, Trouble> {
+    /// The server has answered what was sent again, so far so many times: it is there, and who waits for it goes on waiting. One that
+    /// dies over and over at the same place does not count.
+    fn note_answer(&self, count: u64, waited: Duration) {
+        let mut state = self.state.lock();
+        let State { phase: Phase::Down { alive, answers, .. }, busy, .. } = &mut *state else { return };
+        if count > *answers {
+            *answers = count;
+            *alive = Instant::now();
+            *busy += waited;
+        }
+    }
+
+    /// How long servers that had come back were busy with what was sent again.
+    pub(super) fn busy(&self) -> Duration {
+        self.state.lock().busy
+    }
+
+    /// The least busy connection.
+    fn connection(&self, time: &Time) -> Result<Arc<Connection>, Trouble> {
         let mut state = self.state.lock();
         loop {
             // Nothing of it is under way here: it was not sent yet, or the end of what it was sent over was read.
-            if self.given_up.load(SeqCst) != epoch {
+            if self.given_up.load(SeqCst) != time.epoch {
                 return Err(Trouble::GivenUp);
             }
             match &state.phase {
@@ -328,8 +347,8 @@ impl Link {
                     let best = state.connections.iter().min_by_key(|connection| connection.load());
                     return best.cloned().ok_or_else(|| Trouble::Lost("there is none".to_owned()));
                 }
-                Phase::Down { since, reason } => {
-                    let until = deadline.min(*since + self.patience.reconnect);
+                Phase::Down { alive, reason, .. } => {
+                    let until = time.end(state.busy).min(*alive + self.patience.reconnect);
                     if Instant::now() >= until {
                         return Err(Trouble::Lost(reason.clone()));
                     }
@@ -351,13 +370,13 @@ impl Link {
     }
 
     fn try_run(&self, commands: Vec<Command>, hold: Option<&Arc<Held>>) -> Result<Vec<Reply>, Trouble> {
-        let epoch = self.given_up.load(SeqCst);
         let slow = commands.iter().any(|command| matches!(command, Command::Flush));
         let answer = if slow { self.patience.flush } else { self.patience.answer };
-        let last = Instant::now() + answer + self.patience.reconnect;
+        let deadline = Instant::now() + answer + self.patience.reconnect;
+        let time = Time { epoch: self.given_up.load(SeqCst), deadline, busy: self.busy() };
         let submit = |command: &Command| -> Result<Arc<Call>, Trouble> {
             let call = Call::new(command.clone(), hold.cloned());
-            self.connection(last, epoch)?.submit(call.clone());
+            self.connection(&time)?.submit(call.clone());
             Ok(call)
         };
         let calls = commands.iter().map(submit).collect::<Vec<_>>();
@@ -367,7 +386,8 @@ impl Link {
         for (command, call) in commands.iter().zip(calls) {
             let mut call = call;
             let outcome = loop {
-                match call.and_then(|call| self.wait(&call, last.min(Instant::now() + answer), epoch)) {
+                let last = time.end(self.busy());
+                match call.and_then(|call| self.wait(&call, last.min(Instant::now() + answer), time.epoch)) {
                     Ok(Answer::Done(reply)) => break Ok(reply),
                     Ok(Answer::Failed(errno)) => break Err(Trouble::Server(errno)),
                     Ok(Answer::Refused(text)) => break Err(Trouble::Refused(text)),
@@ -465,26 +485,18 @@ impl Carrier for Together<'_> {
     }
 }
 
-/// Requests over one connection that nobody else uses yet.
-struct Alone<'a> {
-    connection: &'a Connection,
-    patience: Patience,
+/// How long a request may take.
+struct Time {
+    /// When it began: how often the image had given up.
+    epoch: u64,
+    /// Its end, had no server been busy with what was sent again.
+    deadline: Instant,
+    /// How long servers had been so when it began.
+    busy: Duration,
 }
 
-impl Carrier for Alone<'_> {
-    fn run(&mut self, commands: Vec<Command>) -> Result<Vec<Reply>, Trouble> {
-        let calls: Vec<_> = commands.into_iter().map(|command| Call::new(command, None)).collect();
-        calls.iter().for_each(|call| self.connection.submit(call.clone()));
-        let deadline = Instant::now() + self.patience.answer;
-        calls
-            .iter()
-            .map(|call| match call.wait(deadline) {
-                Some(Answer::Done(reply)) => Ok(reply),
-                Some(Answer::Failed(errno)) => Err(Trouble::Server(errno)),
-                Some(Answer::Refused(text)) => Err(Trouble::Refused(text)),
-                Some(Answer::Ended | Answer::Lost) => Err(Trouble::Lost("lost again".to_owned())),
-                None => Err(Trouble::Silent),
-            })
-            .collect()
+impl Time {
+    fn end(&self, busy: Duration) -> Instant {
+        self.deadline + busy.saturating_sub(self.busy)
     }
 }

@@ -13,7 +13,7 @@
 //! | who dies | what holds the write |
 //! |---|---|
 //! | this server | the NBD server: it has the write, in its cache at least |
-//! | the NBD server, with its cache (`kept.rs`) | this server: everything since the last flush is kept and sent again, in order, before anything else is |
+//! | the NBD server, with its cache (`kept.rs`, `replay.rs`) | this server: everything since the last flush is kept and sent again, in order where it overlaps, before anything else is |
 //! | both | nothing, unless the guest flushed: as with a local disk in a power cut |
 //!
 //! What was flushed, everybody has. FUA is used where a server offers it and no flush: then every write carries it, and nothing
@@ -52,6 +52,7 @@ mod image;
 mod kept;
 mod link;
 mod ranges;
+mod replay;
 #[cfg(all(test, not(shuttle)))]
 mod tests;
 pub mod uri;

@@ -93,6 +93,24 @@ fn what_a_server_lost_in_its_death_it_gets_again_in_order() {
 }
 
 #[test]
+fn a_server_that_takes_long_to_be_brought_up_to_date_is_waited_for() {
+    let reconnect = Duration::from_secs(3);
+    let mut server = Server::new(SIZE, FLUSH);
+    let Some(image) = open(&server, patience(reconnect, reconnect)) else { return };
+    let count = 200_u64;
+    (0..count).for_each(|number| image.write_at(number * 512, &[number as u8; 512]).unwrap());
+    // And one over many others, which must come after them.
+    image.write_at(0, &[0xFF; 8192]).unwrap();
+    let before = server.content();
+    server.kill();
+    server.slow_down(Duration::from_millis(50));
+    server.restart();
+    // In all it takes longer than a request waits for its server, and than the request itself may take.
+    assert_eq!(read(&image, 8192, 512), [16; 512]);
+    assert!(server.content() == before);
+}
+
+#[test]
 fn a_write_that_a_server_had_not_answered_is_sent_to_the_next_one() {
     let mut server = Server::new(SIZE, FLUSH);
     let Some(image) = patient(&server) else { return };

@@ -8,6 +8,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 
@@ -42,6 +43,8 @@ struct World {
     held: Option<u16>,
     waiting: usize,
     failing: Option<(u16, u32)>,
+    /// Each takes so long, one after the other on a connection.
+    delay: Duration,
     sockets: Vec<UnixStream>,
     dead: bool,
 }
@@ -149,6 +152,11 @@ impl Server {
         self.shared.world.lock().failing = failing;
     }
 
+    /// From now on every request takes so long.
+    pub(super) fn slow_down(&self, delay: Duration) {
+        self.shared.world.lock().delay = delay;
+    }
+
     /// The export gets another size, for connections to come.
     pub(super) fn resize(&self, size: usize) {
         let mut world = self.shared.world.lock();
@@ -249,6 +257,8 @@ fn serve(mut socket: UnixStream, shared: &Shared) -> std::io::Result<()> {
 }
 
 fn carry_out(shared: &Shared, request: Seen, payload: &[u8]) -> (u32, Vec<u8>) {
+    let delay = shared.world.lock().delay;
+    std::thread::sleep(delay);
     let mut world = shared.world.lock();
     world.seen.push(request);
     world.waiting += 1;

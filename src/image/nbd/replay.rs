@@ -66,7 +66,8 @@ impl<'a> Replay<'a> {
             }
             self.work();
         });
-        self.state.into_inner().failed.map_or(Ok(()), Err)
+        let failed = self.state.lock().failed.take();
+        failed.map_or(Ok(()), Err)
     }
 
     fn work(&self) {

@@ -53,6 +53,8 @@ pub(super) struct Disk {
     pub(super) locked_by: Option<u32>,
     pub(super) flights: Vec<Flight>,
     pub(super) faults: Faults,
+    /// How often the connection was lost.
+    pub(super) losses: u64,
 }
 
 impl Disk {
@@ -69,6 +71,7 @@ impl Disk {
             locked_by: None,
             flights: Vec::new(),
             faults: Faults::default(),
+            losses: 0,
         }
     }
 

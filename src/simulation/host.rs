@@ -213,6 +213,7 @@ impl Host {
     pub(super) fn lose_connection(&mut self, disk: usize) {
         self.note(&format!("disk {disk}: the connection is lost"));
         self.count("lost connection");
+        self.disks[disk].losses += 1;
         self.disks[disk].cut(&mut self.dice);
         self.check_now();
     }

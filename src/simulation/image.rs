@@ -99,6 +99,11 @@ impl SimulatedImage {
         range.into_iter().fold(error, Error::at)
     }
 
+    /// A request that was under way when the connection was lost fails, however late it was answered.
+    fn losses(&self) -> u64 {
+        host(|host| host.disks[self.disk].losses)
+    }
+
     /// Counts a request; what comes of it.
     fn fault(&self, which: fn(&mut Faults) -> &mut Option<(u32, i32)>, connected: bool) -> Option<i32> {
         let errno = host(|host| {
@@ -147,6 +152,7 @@ impl SimulatedImage {
         check_bounds(self, what, range)?;
         assert!(self.writable, "{}: opened to be looked at", self.name);
         let (first, count) = sectors(range);
+        let losses = self.losses();
         let number = host(|host| host.take_off(self.disk, self.life, first, tags));
         pause();
         let fault = self.fault(|faults| &mut faults.write, true);
@@ -161,6 +167,7 @@ impl SimulatedImage {
         }
         host(|host| host.land_at_last(self.disk, number));
         pause();
+        let fault = fault.or((self.losses() != losses).then_some(libc::EIO));
         fault.map_or(Ok(()), |errno| Err(self.error(what, Some(range), errno)))
     }
 }
@@ -241,9 +248,11 @@ impl Image for SimulatedImage {
 
     fn flush(&self) -> Result<()> {
         pause();
+        let losses = self.losses();
         let begun = host(|host| host.disks[self.disk].begin_flush());
         pause();
         let fault = self.fault(|faults| &mut faults.flush, true);
+        let fault = fault.or((self.losses() != losses).then_some(libc::EIO));
         host(|host| host.end_flush(self.disk, &begun, fault.is_none()));
         pause();
         fault.map_or(Ok(()), |errno| Err(self.error("cannot flush", None, errno)))

@@ -6,6 +6,7 @@ mod common;
 use std::fs::{self, File, Permissions};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -15,6 +16,7 @@ use serde_json::Value;
 
 use common::block_device::{FileSystem, LoopDevice};
 use common::command::{is_root, long, run};
+use common::compare;
 use common::database::{self, Database};
 use common::leftovers;
 use common::mortal;
@@ -184,6 +186,43 @@ fn while_mirroring(mode: &str, habits: Habits, kills: u64) -> Vec<Duration> {
     drop(held);
     let last = story.images[1].clone();
     story.end(&last)
+}
+
+/// By a tool that everybody knows. Its checksums tell less than those of `pattern`: not that a block is old.
+#[test]
+fn under_fio_that_verifies() {
+    let (place, seed) = (Place::in_memory(), random::seed());
+    let [a, b] = [place.sparse("a.img", SIZE), place.at("b.img")];
+    let mut victim = Victim::new(Mount::of(&place, [&a]).start(), seed);
+    victim.mounted.mirror(&b, &["--speed", "32M"]);
+    let disk = victim.mounted.disk("a.img");
+    // Every block once, in a time in which all kills come, then all are read again.
+    let rate = SIZE / 4096 / (kills() / 4).max(1);
+    let mut fio = Command::new("fio");
+    fio.args([
+        "--name=guest",
+        "--rw=randwrite",
+        "--bs=4k",
+        "--ioengine=libaio",
+        "--iodepth=8",
+        "--direct=1",
+        "--minimal",
+    ])
+    .args(["--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--randseed=1"])
+    .args([format!("--size={SIZE}"), format!("--rate_iops={rate}"), format!("--filename={}", disk.display())]);
+    let fio = fio.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("fio");
+    for _ in 0..kills() {
+        victim.strike(Signal::SIGKILL);
+    }
+    let done = fio.wait_with_output().expect("fio");
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    victim.mirror_again();
+    victim.mounted.verb("set", ["--speed", "0"]).ok();
+    victim.mounted.wait_ready();
+    victim.cut_over(&b, 3);
+    compare::assert_same_content(&disk, &b);
+    victim.mounted.note_processes();
+    victim.mounted.unmount();
 }
 
 /// Some programs ignore the end of their children, and pass that on to what they start.

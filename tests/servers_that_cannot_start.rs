@@ -6,6 +6,7 @@ mod common;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -62,6 +63,7 @@ fn the_guest_waits_and_status_tells() {
     // Nobody can listen there.
     fs::remove_file(&mounted.control).expect("rm");
     fs::create_dir(&mounted.control).expect("mkdir");
+    let killed = Instant::now();
     kill(Pid::from_raw(mounted.server_pid), Signal::SIGKILL).expect("kill");
     // close(2) does not wait for a server, nor does the one in exec(2); a write does.
     guest.told("exec 4>&-; /bin/true; echo closed; echo after >&3; echo written $?");
@@ -71,9 +73,13 @@ fn the_guest_waits_and_status_tells() {
     wait::until("status to tell what is in the way", || {
         said = mounted.verb("status", ["--json"]).ok();
         let status = said.json();
-        status["restarts"].as_u64() >= Some(3) && status["server_pid"].is_null()
+        status["restarts"].as_u64() >= Some(6) && status["server_pid"].is_null()
     });
     let status = said.json();
+    // The first at once: that server had answered. Then after 20 ms, 40 ms, ... at least.
+    let doublings = u32::try_from(status["restarts"].as_u64().expect("a number")).expect("not in a loop") - 2;
+    let rested = (0..doublings).map(|at| Duration::from_millis(20 << at.min(7))).sum();
+    assert!(killed.elapsed() >= rested, "{doublings} doublings in {:?}", killed.elapsed());
     assert_eq!(status["keeper_pid"], mounted.keeper_pid, "{said}");
     let socket = mounted.control.to_str().expect("UTF-8");
     assert!(status["last_exit"].as_str().is_some_and(|exit| exit.contains(socket)), "{said}");

@@ -243,11 +243,14 @@ fn judge(page: &SharedPage, crashed: bool) -> Gate {
     }
 }
 
-/// True if the server that had `page` last has answered a request: then there is no need to be slow with the next one.
+/// True if a server that had `page` has answered a request since this was asked last: then there is no need to be slow with the next one.
+/// What the next one says is its own, also if it dies before it looks at the page.
 pub(super) fn made_progress(page: BorrowedFd<'_>) -> bool {
-    let mut word = [0; size_of::<u64>()];
+    let none = [0; size_of::<u64>()];
+    let mut word = none;
     let at = libc::off_t::try_from(PROGRESS * word.len()).unwrap_or(0);
-    nix::sys::uio::pread(page, &mut word, at).is_ok() && word != [0; size_of::<u64>()]
+    let made = nix::sys::uio::pread(page, &mut word, at).is_ok() && word != none;
+    made && nix::sys::uio::pwrite(page, &none, at).is_ok()
 }
 
 /// A request, for the log.

@@ -26,9 +26,7 @@
 //! - **[`BitTree::count`] is never less than the number of set bits.** A setter adds before it sets and takes back what was set already;
 //!   a clearer subtracts after it cleared. With nobody at work it is exact.
 //!
-//! A finer level inside hot granules would attach to the leaf: a `OnceLock` of sub-bits for each word. A setter would set
-//! the sub-bits *before* the bit, and the copier would take them (swap with zero) *after* it cleared the bit; a bit without
-//! sub-bits means the whole granule. Nothing above the leaf would change.
+//! Which parts of a granule differ is `blocks`' affair.
 
 use crate::sync::OnceLock;
 use crate::sync::atomic::{AtomicU64, Ordering::SeqCst};

@@ -207,9 +207,8 @@ impl Participant {
     /// How long the rest of the copy would take at the rate seen so far.
     fn predicted_drain(&self) -> Duration {
         let remaining = self.live.map.dirty_bytes() + self.live.map.in_flight_bytes();
-        drop(self.job.info());
         // Before a rate was seen: what a slow disk does.
-        let rate = self.job.state.lock().clearing.bytes_per_second().max(50 << 20);
+        let rate = self.job.clearing_rate().max(50 << 20);
         Duration::from_secs_f64(remaining as f64 / rate as f64)
     }
 }

@@ -34,7 +34,6 @@ impl Job {
         }
         // Of what was shared nothing follows for what must be copied.
         state.drain.sample(copied_bytes.saturating_sub(self.sharing.shared_bytes()));
-        state.clearing.sample(self.counters.cleared.load(Relaxed));
         state.dirtying.sample(dirtied);
         let gain = state.drain.bytes_per_second().saturating_sub(state.dirtying.bytes_per_second());
         let eta_seconds = match (state.ready, gain) {
@@ -78,6 +77,13 @@ impl Job {
 }
 
 impl Job {
+    /// How fast granules become clean, in bytes per second.
+    pub(super) fn clearing_rate(&self) -> u64 {
+        let mut state = self.state.lock();
+        state.clearing.sample(self.counters.cleared.load(Relaxed));
+        state.clearing.bytes_per_second()
+    }
+
     fn cannot_be_resumed(&self) -> Option<String> {
         let error = self.intent.as_ref()?.broken_by()?;
         Some(format!("{error}; the mirror goes on, but cannot be resumed after a restart"))

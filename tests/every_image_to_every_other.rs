@@ -6,12 +6,13 @@ mod common;
 use std::path::{Path, PathBuf};
 
 use common::block_device::LoopDevice;
-use common::command::{is_root, long, run};
+use common::command::{is_root, long};
 use common::compare::allocated_bytes;
 use common::mounted::Mount;
 use common::nbd::{Server, copy_out};
 use common::pattern::{self, Habits, Load, Table};
 use common::place::Place;
+use common::qcow2::{check, qemu_img};
 use common::random;
 
 const MIB: u64 = 1 << 20;
@@ -20,14 +21,6 @@ const SIZE: u64 = 16 * MIB;
 
 fn text(path: &Path) -> &str {
     path.to_str().expect("UTF-8")
-}
-
-fn qemu_img(arguments: &[&str]) {
-    run("qemu-img", arguments).ok();
-}
-
-fn check(image: &Path) {
-    qemu_img(&["check", "-q", "-f", "qcow2", text(image)]);
 }
 
 const SOURCES: [&str; 5] = ["raw", "qcow2", "qcow2 on two", "loop device", "NBD"];
@@ -124,7 +117,7 @@ impl Kept {
         };
         drop(self.server);
         if format == "qcow2" {
-            check(&file);
+            check(&file, false);
         }
         qemu_img(&["convert", "-f", format, "-O", "raw", text(&file), text(&raw)]);
         (raw, Some(allocated_bytes(&file)))
@@ -154,7 +147,7 @@ fn moves(from: &str, to: &str, seed: u64) -> Option<u64> {
     let (raw, room) = b.close(&place);
     table.assert_on(&raw);
     if let (Some((file, "qcow2")), None) = (&a.file, &a.server) {
-        check(file);
+        check(file, false);
     }
     if let Some(room) = room {
         // Half of it was never written.

@@ -18,6 +18,7 @@ use common::mortal;
 use common::mounted::{Mount, Mounted};
 use common::pattern::{self, Habits, Load, Table};
 use common::place::Place;
+use common::qcow2::{check, qemu_img};
 use common::random::{self, Random};
 use common::wait;
 
@@ -25,17 +26,6 @@ const MIB: u64 = 1 << 20;
 
 fn text(path: &Path) -> &str {
     path.to_str().expect("UTF-8")
-}
-
-fn qemu_img(arguments: &[&str]) {
-    run("qemu-img", arguments).ok();
-}
-
-/// No errors; and no leaked clusters, unless somebody was killed.
-#[track_caller]
-fn check(image: &Path, leaks: bool) {
-    let done = run("qemu-img", ["check", "-f", "qcow2", text(image)]);
-    assert!(done.code == Some(0) || (leaks && done.code == Some(3)), "{done}");
 }
 
 /// The disk in an image, as raw bytes, by QEMU.

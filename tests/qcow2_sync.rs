@@ -15,6 +15,7 @@ use common::mortal::{self, resumptions};
 use common::mounted::{Mount, Mounted, words};
 use common::pattern::{self, Habits, Load, Table};
 use common::place::Place;
+use common::qcow2::{check, qemu_img};
 use common::random;
 use common::space;
 use common::wait;
@@ -25,16 +26,6 @@ const SIZE: u64 = 24 * MIB;
 
 fn text(path: &Path) -> &str {
     path.to_str().expect("UTF-8")
-}
-
-fn qemu_img(arguments: &[&str]) {
-    run("qemu-img", arguments).ok();
-}
-
-#[track_caller]
-fn check(image: &Path, leaks: bool) {
-    let done = run("qemu-img", ["check", "-f", "qcow2", text(image)]);
-    assert!(done.code == Some(0) || (leaks && done.code == Some(3)), "{done}");
 }
 
 #[track_caller]

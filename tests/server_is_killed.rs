@@ -6,7 +6,7 @@ mod common;
 use std::fs::{self, File, Permissions};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -15,7 +15,7 @@ use nix::unistd::Pid;
 use serde_json::Value;
 
 use common::block_device::{FileSystem, LoopDevice};
-use common::command::{is_root, long, run};
+use common::command::{self, is_root, long, run};
 use common::compare;
 use common::database::{self, Database};
 use common::leftovers;
@@ -210,12 +210,14 @@ fn under_fio_that_verifies() {
     ])
     .args(["--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--randseed=1"])
     .args([format!("--size={SIZE}"), format!("--rate_iops={rate}"), format!("--filename={}", disk.display())]);
-    let fio = fio.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("fio");
-    for _ in 0..kills() {
-        victim.strike(Signal::SIGKILL);
-    }
-    let done = fio.wait_with_output().expect("fio");
-    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    std::thread::scope(|scope| {
+        // Also where a strike fails it is waited for: it ends by itself, or with the mount.
+        let guest = scope.spawn(move || command::finish(fio));
+        for _ in 0..kills() {
+            victim.strike(Signal::SIGKILL);
+        }
+        guest.join().expect("fio").ok();
+    });
     victim.mirror_again();
     victim.mounted.verb("set", ["--speed", "0"]).ok();
     victim.mounted.wait_ready();

@@ -93,7 +93,8 @@ fn a_new_server_does_not_look_at_an_image_that_is_marked() {
     mounted.mirror(&b, &[]);
     mounted.cutover();
     wait::until("the record to know of the mark", || {
-        let store = Store::open_existing(&mounted.state_dir, 0).expect("open").expect("a state");
+        let store =
+            Store::open_existing(&mounted.state_dir, nix::unistd::geteuid().as_raw()).expect("open").expect("a state");
         store.load().expect("load").expect("a record").volumes[0].superseded[0].marked
     });
     set_attribute(&a, "superseded", None);

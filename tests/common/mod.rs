@@ -19,6 +19,7 @@ pub mod nbd;
 pub mod page_cache;
 pub mod pattern;
 pub mod place;
+pub mod qcow2;
 pub mod qmp;
 pub mod random;
 pub mod remote;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use super::command::{finish_within, run};
+use super::command::{Done, finish_within, run};
 use super::wait;
 
 /// A loop device over a file.
@@ -82,8 +82,13 @@ impl FileSystem {
     /// Unmounts it.
     #[track_caller]
     pub fn unmount(mut self) {
+        // A child that another test has just started has this one's open files until it has become what it is to be.
+        let busy = |done: &Done| done.code == Some(32) && done.stderr.contains("busy");
+        let done = wait::until_some("nobody to use the file system", || {
+            Some(run("umount", [&self.path])).filter(|done| !busy(done))
+        });
+        done.ok();
         self.mounted = false;
-        run("umount", [&self.path]).ok();
     }
 }
 

@@ -69,6 +69,9 @@ pub struct MirrorArguments {
     /// Its format [default: as its name and content say].
     #[arg(long, value_parser = ["raw", "qcow2"], requires = "backing_file")]
     backing_format: Option<String>,
+    /// Whether the target goes through the host's page cache, now and as the disk [default: as the mount has it (-o cache=...)].
+    #[arg(long, value_name = "MODE", value_parser = ["none", "writeback"])]
+    target_cache: Option<String>,
     /// background: the guest waits for the source only. write-blocking: it waits for both images. auto: the mirror chooses.
     #[arg(long, value_parser = ["auto", "background", "write-blocking"], default_value = "auto")]
     copy_mode: String,
@@ -202,6 +205,9 @@ impl MirrorArguments {
             put("reconnect-ms", signed(reconnect_ms, "--reconnect")?);
         }
         put("reflink", (!self.no_reflink).into());
+        if let Some(cache) = &self.target_cache {
+            put("target-cache", cache.as_str().into());
+        }
         if let Some(format) = &self.format {
             put("format", format.as_str().into());
         }

@@ -3,7 +3,7 @@
 //! | command | arguments | return |
 //! |---|---|---|
 //! | `livemirror-status` | | [`MountStatus`](super::backend::MountStatus) |
-//! | `livemirror-mirror` | `device`, `target`, [`job-id`, `format`, `existing`, `sync`, `base`, `cluster-size`, `version`, `backing-file`, `backing-fmt`, `speed`, `granularity`, `buf-size`, `on-source-error`, `on-target-error`, `copy-mode`, `max-guest-delay-ms`, `reconnect-ms`, `reflink`, `dry-run`] | `{}`; with `dry-run` [`MirrorPlan`](super::backend::MirrorPlan) |
+//! | `livemirror-mirror` | `device`, `target`, [`job-id`, `format`, `existing`, `sync`, `base`, `cluster-size`, `version`, `backing-file`, `backing-fmt`, `speed`, `granularity`, `buf-size`, `on-source-error`, `on-target-error`, `copy-mode`, `max-guest-delay-ms`, `reconnect-ms`, `reflink`, `target-cache`, `dry-run`] | `{}`; with `dry-run` [`MirrorPlan`](super::backend::MirrorPlan) |
 //! | `livemirror-cutover` | [`devices`, `max-pause-ms`, `patience-ms`] | list of [`CutoverReport`](super::backend::CutoverReport) |
 //! | `livemirror-verify` | `device`, [`from`] | [`Verified`](crate::mirror::verify::Verified) |
 //! | `livemirror-finish` | `device` | `{}`; `not-now` unless ready |
@@ -24,7 +24,7 @@ use super::commands::Answer;
 use super::errors::QmpError;
 use super::jobs::{COPY_MODES, NewJob, SYNCS, check_device, format_of, no_bitmaps};
 use crate::error::{Error, ErrorKind};
-use crate::image::{BackingFile, Layout, Version};
+use crate::image::{BackingFile, CacheMode, Layout, Version};
 use crate::mirror::types::{CancelMode, JobInfo, JobStatus};
 
 /// The longest time that one cutover call may keep its connection.
@@ -51,6 +51,8 @@ pub(super) fn mirror(backend: &dyn Backend, mut arguments: Arguments) -> Answer 
         job.options.copy_mode = mode;
     }
     job.options.existing = arguments.flag("existing")?.unwrap_or(false);
+    job.options.target_cache =
+        arguments.choice("target-cache", &[("none", CacheMode::None), ("writeback", CacheMode::Writeback)])?;
     if let Some(reflink) = arguments.flag("reflink")? {
         job.options.reflink = reflink;
     }

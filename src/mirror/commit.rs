@@ -1,7 +1,7 @@
 //! What makes a cutover durable: the seam between the mirror and the state, or a test in its place.
 
 use crate::error::{Error, Result};
-use crate::image::Image;
+use crate::image::{CacheMode, Image};
 use crate::sync::Arc;
 use crate::volume::Volume;
 
@@ -14,6 +14,8 @@ pub struct Switch {
     pub old: Arc<dyn Image>,
     /// The image that it goes to.
     pub new: Arc<dyn Image>,
+    /// How that image uses the host's page cache, where it was told.
+    pub cache: Option<CacheMode>,
 }
 
 /// Makes cutovers durable. The state stands behind it; tests stand in for it.

@@ -201,7 +201,12 @@ impl Participant {
     }
 
     fn switch(&self) -> Switch {
-        Switch { volume: self.job.volume.clone(), old: self.live.source.clone(), new: self.new_image() }
+        Switch {
+            volume: self.job.volume.clone(),
+            old: self.live.source.clone(),
+            new: self.new_image(),
+            cache: self.job.options.target_cache,
+        }
     }
 
     /// How long the rest of the copy would take at the rate seen so far.

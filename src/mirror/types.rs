@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::image::{Format, Layout};
+use crate::image::{CacheMode, Format, Layout};
 use crate::range::Granularity;
 
 /// How long a guest's request waits for the target at most, where nothing else is told.
@@ -127,6 +127,9 @@ pub struct MirrorOptions {
     /// How a target that is created is laid out.
     #[serde(default)]
     pub layout: Layout,
+    /// How the host's page cache is used for the target, also once it is the disk, as long as the mount lives. `None`: as for the source.
+    #[serde(default)]
+    pub target_cache: Option<CacheMode>,
     /// When guest writes are answered.
     pub copy_mode: CopyMode,
     /// `None`: the target's cluster size within 4 KiB to 64 KiB, else 64 KiB.
@@ -168,6 +171,7 @@ impl MirrorOptions {
             sync: SyncMode::Full,
             base: None,
             layout: Layout::default(),
+            target_cache: None,
             copy_mode: CopyMode::Auto,
             granularity: None,
             speed_bytes_per_second: 0,

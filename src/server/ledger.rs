@@ -199,6 +199,7 @@ fn switched(state: &MountState, switches: &[Switch], found: Vec<Found>) -> Resul
         let size_bytes = switch.volume.size_bytes();
         volume.size_bytes = (switch.new.size_bytes() > size_bytes).then_some(size_bytes);
         volume.cut_over(switch.new.name().to_owned(), found.identity, switch.new.format());
+        volume.cache = switch.cache;
     }
     Ok(next)
 }

@@ -125,7 +125,7 @@ pub(super) fn open_again(config: &MountConfig, state: &VolumeState, parked: Opti
     let options = OpenOptions {
         format: Some(state.format),
         writable: !config.read_only,
-        cache: config.cache,
+        cache: state.cache.unwrap_or(config.cache),
         role: Role::Source,
         descriptor: parked,
         reconnect: config.reconnect,
@@ -283,6 +283,7 @@ fn settle_on(
         source: volume.source.clone(),
         format: image.format(),
         active: image.name().to_owned(),
+        cache: None,
         size_bytes: known.and_then(|known| known.size_bytes),
         generation: known.map_or(0, |known| known.generation).max(generation),
         superseded: former.into_iter().filter(|former| !is_same(&former.identity, &identity)).collect(),

@@ -112,7 +112,7 @@ pub(super) fn prepare(
     let open_options = OpenOptions {
         format: options.format,
         writable: true,
-        cache: config.cache,
+        cache: options.target_cache.unwrap_or(config.cache),
         role: Role::Target,
         descriptor: None,
         reconnect: options.reconnect.unwrap_or(config.reconnect),

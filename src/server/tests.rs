@@ -88,7 +88,8 @@ impl World {
     fn cut_over(&self, from: &str, to: &str, supersede: bool) -> MountState {
         let opened = self.open(from, None).unwrap();
         let (ledger, _other) = self.ledger(&opened);
-        let switches = [Switch { volume: volume(opened.image.clone()), old: opened.image, new: self.image(to) }];
+        let switches =
+            [Switch { volume: volume(opened.image.clone()), old: opened.image, new: self.image(to), cache: None }];
         let committer = LedgerCommitter(ledger);
         assert!(committer.prepare(&switches, Ending::Switch).unwrap().commit().is_ok());
         if supersede {
@@ -200,7 +201,7 @@ fn a_change_that_could_not_be_written_is_not_forgotten_by_a_cutover() {
     let opened = world.open("a.img", None).unwrap();
     let (ledger, _other) = world.ledger(&opened);
     let disk = volume(opened.image.clone());
-    let switches = [Switch { volume: disk.clone(), old: opened.image, new: world.image("b.img") }];
+    let switches = [Switch { volume: disk.clone(), old: opened.image, new: world.image("b.img"), cache: None }];
     let committer = LedgerCommitter(ledger.clone());
     let prepared = committer.prepare(&switches, Ending::Switch).unwrap();
     ledger.store.faults().failing.lock().insert(Step::Write);

@@ -152,7 +152,7 @@ impl Unfinished {
         let options = OpenOptions {
             format: record.options.format,
             writable: true,
-            cache: server.config.cache,
+            cache: record.options.target_cache.unwrap_or(server.config.cache),
             role: Role::Target,
             descriptor: parked,
             reconnect: record.options.reconnect.unwrap_or(server.config.reconnect),

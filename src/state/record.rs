@@ -10,7 +10,7 @@ use super::pulse::Counts;
 #[cfg(not(all(test, shuttle)))]
 use crate::error::Error;
 use crate::error::Result;
-use crate::image::{Format, Identity};
+use crate::image::{CacheMode, Format, Identity};
 use crate::mirror::types::{IoStatus, JobInfo, JobStatus, LastMirror, MirrorOptions, MirrorResult, SyncMode};
 use crate::range::Granularity;
 use crate::sync::SystemTime;
@@ -44,6 +44,9 @@ pub struct VolumeState {
     pub active: String,
     /// Which image that is.
     pub active_identity: Identity,
+    /// How the active image uses the host's page cache, where its mirror was told so. Counts until the disk is mounted anew.
+    #[serde(default)]
+    pub cache: Option<CacheMode>,
     /// The disk's size in bytes where the active image is larger: a cutover never changes the size.
     #[serde(default)]
     pub size_bytes: Option<u64>,

@@ -27,6 +27,7 @@ fn state() -> MountState {
         format: Format::Raw,
         active: "/vm/disk.img".into(),
         active_identity: identity(1),
+        cache: None,
         size_bytes: None,
         generation: 1,
         superseded: Vec::new(),

@@ -108,6 +108,14 @@ impl Image for BlockDevice {
         self.io.write(offset, data)
     }
 
+    fn read_once(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        self.io.read_once(offset, buffer)
+    }
+
+    fn write_once(&self, offset: u64, data: &[u8]) -> Result<()> {
+        self.io.write_once(offset, data)
+    }
+
     fn write_zeroes(&self, range: ByteRange) -> Result<()> {
         check_bounds(self, "write zeroes", range)?;
         let inner = self.inner(range);

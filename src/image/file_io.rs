@@ -27,13 +27,17 @@ use super::stripes::{Held, STRIPE_BYTES, Stripes};
 use crate::error::{Error, ErrorKind, Result};
 use crate::range::ByteRange;
 use crate::sync::RwLock;
-use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use crate::sys::uncached;
 
 #[repr(align(4096))]
 struct Zeroes([u8; 64 << 10]);
 
 /// Zeroes to write where nothing better works.
 static ZEROES: Zeroes = Zeroes([0; 64 << 10]);
+
+/// What is smaller is not worth sparing the page cache for: written out at once, each piece alone, it would cost more than it takes up.
+const ONCE_BYTES_MIN: u64 = 64 << 10;
 
 /// Ranges that are changed by special operations are told to be whole blocks by this measure: a kernel page, within which
 /// the kernel reads, changes and writes back in its own way.
@@ -48,6 +52,8 @@ pub(super) struct FileIo {
     direct: Option<Direct>,
     size_bytes: AtomicU64,
     resizing: RwLock<()>,
+    /// False once the kernel has refused to leave the page cache alone for this file.
+    spares_cache: AtomicBool,
 }
 
 /// What direct I/O needs besides.
@@ -159,7 +165,9 @@ impl FileIo {
     /// I/O on `file`, which is called `name` in messages and is `size_bytes` long. With `direct`, the file is open with
     /// O_DIRECT.
     pub(super) fn new(name: String, file: File, size_bytes: u64, writable: bool, direct: Option<Direct>) -> Self {
-        FileIo { name, file, writable, direct, size_bytes: AtomicU64::new(size_bytes), resizing: RwLock::new(()) }
+        let spares_cache = AtomicBool::new(direct.is_none());
+        let size_bytes = AtomicU64::new(size_bytes);
+        FileIo { name, file, writable, direct, size_bytes, resizing: RwLock::new(()), spares_cache }
     }
 
     /// What it is called in messages.
@@ -241,6 +249,49 @@ impl FileIo {
             }
         };
         done.map_err(|error| self.failed("write", range, &error))
+    }
+
+    /// As [`FileIo::read`], and the page cache holds afterwards what it held before, where the kernel can do that.
+    pub(super) fn read_once(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        let range = ByteRange::new(offset, buffer.len() as u64);
+        if !self.may_spare_cache(range) {
+            return self.read(offset, buffer);
+        }
+        let _size_stays = self.resizing.read();
+        self.check("read", range)?;
+        let done = match uncached::read_exact_at(&self.file, offset, buffer) {
+            Err(error) if self.is_refusal(&error) => self.file.read_exact_at(buffer, offset),
+            done => done,
+        };
+        done.map_err(|error| self.failed("read", range, &error))
+    }
+
+    /// As [`FileIo::write`], and nothing stays in the page cache that was not there before, where the kernel can do that.
+    pub(super) fn write_once(&self, offset: u64, data: &[u8]) -> Result<()> {
+        let range = ByteRange::new(offset, data.len() as u64);
+        if !self.may_spare_cache(range) {
+            return self.write(offset, data);
+        }
+        let _size_stays = self.resizing.read();
+        self.check_change("write", range)?;
+        let done = match uncached::write_all_at(&self.file, offset, data) {
+            Err(error) if self.is_refusal(&error) => self.file.write_all_at(data, offset),
+            done => done,
+        };
+        done.map_err(|error| self.failed("write", range, &error))
+    }
+
+    fn may_spare_cache(&self, range: ByteRange) -> bool {
+        range.len() >= ONCE_BYTES_MIN && self.spares_cache.load(Ordering::Relaxed)
+    }
+
+    /// True if the kernel does not know this way for this file; it is not asked again.
+    fn is_refusal(&self, error: &io::Error) -> bool {
+        let refused = matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EINVAL | libc::ENOSYS));
+        if refused {
+            self.spares_cache.store(false, Ordering::Relaxed);
+        }
+        refused
     }
 
     /// The stripes of `range`: shared if it is made of whole units of `unit` bytes in the direct part.

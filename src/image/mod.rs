@@ -209,6 +209,23 @@ pub trait Image: Send + Sync + fmt::Debug {
     /// When not all of it was written; any part of it may have been. Also when the range does not lie within the image.
     fn write_at(&self, offset: u64, data: &[u8]) -> Result<()>;
 
+    /// As [`Image::read_at`], of what will not be read again soon: the host's page cache is left as it was, where that is possible.
+    ///
+    /// # Errors
+    /// As [`Image::read_at`].
+    fn read_once(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        self.read_at(offset, buffer)
+    }
+
+    /// As [`Image::write_at`], of what will not be read soon: it is on its way to the store at once, and does not stay in the host's page
+    /// cache, where that is possible.
+    ///
+    /// # Errors
+    /// As [`Image::write_at`].
+    fn write_once(&self, offset: u64, data: &[u8]) -> Result<()> {
+        self.write_at(offset, data)
+    }
+
     /// Makes `range` read as zeroes and keeps it allocated where the image can (a guest's `fallocate(ZERO_RANGE)`), by
     /// whatever means works: never fails for want of a special operation.
     ///

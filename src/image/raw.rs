@@ -162,6 +162,14 @@ impl Image for RawImage {
         self.io.write(offset, data)
     }
 
+    fn read_once(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        self.io.read_once(offset, buffer)
+    }
+
+    fn write_once(&self, offset: u64, data: &[u8]) -> Result<()> {
+        self.io.write_once(offset, data)
+    }
+
     fn write_zeroes(&self, range: ByteRange) -> Result<()> {
         match self.io.change("write zeroes", range, || self.try_zero(range))? {
             Tried::Done => Ok(()),

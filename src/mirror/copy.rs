@@ -146,7 +146,7 @@ fn copy_part(
         if extent.status == ExtentStatus::Data {
             let piece = part.intersect(wanted);
             let bytes = &mut buffer[..piece.len() as usize];
-            live.source.read_at(piece.start(), bytes).map_err(|error| (Operation::Read, error))?;
+            live.source.read_once(piece.start(), bytes).map_err(|error| (Operation::Read, error))?;
             *data_bytes +=
                 write_data(job, live, piece.start(), bytes, held).map_err(|error| (Operation::Write, error))?;
             at = piece.end();
@@ -177,7 +177,7 @@ fn write_data(job: &Job, live: &Live, offset: u64, bytes: &[u8], held: &mut [u8]
         true => {
             let held = &mut held[..bytes.len()];
             live.target.rely_on(ByteRange::new(offset, bytes.len() as u64));
-            live.target.image().read_at(offset, held)?;
+            live.target.image().read_once(offset, held)?;
             Some(&*held)
         }
         false => None,
@@ -210,7 +210,7 @@ fn write_data(job: &Job, live: &Live, offset: u64, bytes: &[u8], held: &mut [u8]
             Part::Same => {
                 job.counters.skipped.fetch_add((end - at) as u64, Relaxed);
             }
-            Part::New => live.target.apply(Change::Write { offset: place, data: &bytes[at..end] })?,
+            Part::New => live.target.copy(place, &bytes[at..end])?,
         }
         at = end;
     }

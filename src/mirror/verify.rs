@@ -147,8 +147,8 @@ fn hole_of_both(live: &Live, piece: ByteRange) -> Option<ByteRange> {
 /// The first block of `range` that is not the same on both images.
 fn first_difference(live: &Live, range: ByteRange, buffers: &mut [Vec<u8>; 2]) -> Result<Option<ByteRange>> {
     let [source, target] = buffers.each_mut().map(|buffer| &mut buffer[..range.len() as usize]);
-    live.source.read_at(range.start(), source)?;
-    live.target.image().read_at(range.start(), target)?;
+    live.source.read_once(range.start(), source)?;
+    live.target.image().read_once(range.start(), target)?;
     if source == target {
         return Ok(None);
     }

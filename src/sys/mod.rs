@@ -6,3 +6,4 @@ pub mod libnbd;
 pub mod populate;
 pub mod process;
 pub mod shared_page;
+pub mod uncached;

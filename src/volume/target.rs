@@ -91,11 +91,16 @@ impl Target {
     /// # Errors
     /// The image's; what the range holds is then unknown.
     pub fn apply(&self, change: Change<'_>) -> Result<()> {
-        self.writes.fetch_add(1, SeqCst);
-        self.note(change.range());
-        let result = change.apply(&*self.image);
-        self.note(change.range());
-        result
+        self.changing(change.range(), |image| change.apply(image))
+    }
+
+    /// Writes what the copy has read, past the host's page cache where that is possible: guests do not read it.
+    ///
+    /// # Errors
+    /// As [`Target::apply`].
+    pub fn copy(&self, offset: u64, data: &[u8]) -> Result<()> {
+        let range = ByteRange::new(offset, data.len() as u64);
+        self.changing(range, |image| image.write_once(offset, data))
     }
 
     /// Makes `range` of the target share the blocks of `source`, if the two images can.
@@ -103,9 +108,14 @@ impl Target {
     /// # Errors
     /// The image's; what the range holds is then unknown.
     pub fn share(&self, source: &dyn Image, range: ByteRange) -> Result<CopyOffer> {
+        self.changing(range, |image| image.copy_range_from(source, range))
+    }
+
+    /// Notes before and after: a flush that runs meanwhile proves nothing about it.
+    fn changing<T>(&self, range: ByteRange, change: impl FnOnce(&dyn Image) -> Result<T>) -> Result<T> {
         self.writes.fetch_add(1, SeqCst);
         self.note(range);
-        let result = self.image.copy_range_from(source, range);
+        let result = change(&*self.image);
         self.note(range);
         result
     }

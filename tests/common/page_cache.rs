@@ -1,4 +1,4 @@
-//! Whether a file has bytes in memory that are not on their way to be durable: cachestat(2), Linux 6.5.
+//! What the page cache has of a file, and what of that is not durable yet: cachestat(2), Linux 6.5.
 
 use std::fs::File;
 use std::io;
@@ -24,13 +24,22 @@ struct Statistics {
     recently_evicted: u64,
 }
 
-/// Pages of `file` that are dirty or being written back. After an fsync that nobody wrote behind it is 0.
-pub fn unwritten_pages(file: &Path) -> io::Result<u64> {
+fn statistics(file: &Path) -> io::Result<Statistics> {
     let file = File::open(file)?;
     let range = Range { offset: 0, len: 0 };
     let mut statistics = Statistics::default();
     // SAFETY: both pointers are to live values with the layout of `struct cachestat_range` and `struct cachestat`
     // (include/uapi/linux/mman.h), the second writable; the kernel keeps neither.
     let result = unsafe { libc::syscall(SYS_CACHESTAT, file.as_raw_fd(), &raw const range, &raw mut statistics, 0) };
-    if result == 0 { Ok(statistics.dirty + statistics.writeback) } else { Err(io::Error::last_os_error()) }
+    if result == 0 { Ok(statistics) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Pages of `file` that are dirty or being written back. After an fsync that nobody wrote behind it is 0.
+pub fn unwritten_pages(file: &Path) -> io::Result<u64> {
+    statistics(file).map(|statistics| statistics.dirty + statistics.writeback)
+}
+
+/// Pages of `file` that are in memory.
+pub fn cached_pages(file: &Path) -> io::Result<u64> {
+    statistics(file).map(|statistics| statistics.cached)
 }

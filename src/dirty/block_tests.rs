@@ -181,3 +181,39 @@ proptest! {
         prop_assert!(differ.is_subset(&copied));
     }
 }
+
+/// The granules in the order in which they are claimed, so many at a time.
+fn order(map: &Arc<DirtyMap>, limit: u32) -> Vec<u64> {
+    let mut order = Vec::new();
+    let mut from = Granule(0);
+    while let Some(claim) = map.claim(from, limit) {
+        order.extend(claim.granules());
+        from = claim.next();
+        claim.finish();
+    }
+    order
+}
+
+#[test]
+fn what_is_written_again_before_it_is_copied_is_copied_last() {
+    let map = map(64 * GRANULE);
+    let write = |granule: u64| map.mark(ByteRange::new(granule * GRANULE, BLOCK));
+    map.mark(ByteRange::new(0, 64 * GRANULE));
+    // The scan finds what a guest has written already: that alone does not make it hot, nor does a stream.
+    map.mark(ByteRange::new(0, 64 * GRANULE));
+    assert_eq!(order(&map, 16), (0..64).collect::<Vec<_>>());
+    map.mark(ByteRange::new(0, 64 * GRANULE));
+    for hot in [0, 20, 21, 63] {
+        write(hot);
+    }
+    let cold = (0..64).filter(|granule| ![0, 20, 21, 63].contains(granule));
+    assert_eq!(order(&map, 16), cold.chain([63, 0, 20, 21]).collect::<Vec<_>>());
+    // Forgotten when it was copied; and where all is hot nothing is.
+    map.mark(ByteRange::new(0, 64 * GRANULE));
+    assert_eq!(order(&map, 1), (0..64).collect::<Vec<_>>());
+    map.mark(ByteRange::new(0, 64 * GRANULE));
+    for granule in 0..64 {
+        write(granule);
+    }
+    assert_eq!(order(&map, 16), (0..64).collect::<Vec<_>>());
+}

@@ -52,6 +52,7 @@ impl Intervals {
 /// See the module.
 pub(super) struct Busy {
     pub(super) turn: Turn,
+    pub(super) heat_turn: Option<Turn>,
     pub(super) claims: Intervals,
     pub(super) holds: Intervals,
     waiting: VecDeque<(u64, ByteRange)>,
@@ -60,9 +61,10 @@ pub(super) struct Busy {
 }
 
 impl Busy {
-    pub(super) fn new(turn: Turn) -> Self {
+    pub(super) fn new(turn: Turn, heat_turn: Option<Turn>) -> Self {
         Busy {
             turn,
+            heat_turn,
             claims: Intervals::default(),
             holds: Intervals::default(),
             waiting: VecDeque::new(),

@@ -30,6 +30,7 @@ use crate::sync::{Arc, Condvar, Instant, Mutex, wait_until};
 use super::bits::BitTree;
 use super::blocks::Blocks;
 use super::busy::{Busy, touched_granules};
+use super::heat::{Heat, Search};
 use super::{Claim, Hold};
 
 /// Why [`DirtyMap::wait_for_work`] returned.
@@ -50,6 +51,8 @@ pub struct DirtyMap {
     pub(super) bits: BitTree,
     /// Which parts of dirty granules differ, where that is known.
     pub(super) blocks: Option<Blocks>,
+    /// Which are to be copied last, where that is to be known.
+    heat: Option<Heat>,
     pub(super) busy: Mutex<Busy>,
     /// Something was released, or a waiter for a hold left.
     hold_freed: Condvar,
@@ -62,24 +65,27 @@ impl DirtyMap {
     /// A map for a disk of `size_bytes`, all clean. The size is fixed. Memory: 16 bytes for 2^24 granules (1 TiB of 64 KiB
     /// granules); beyond that, 4 KiB for each 2^15 granules among which one was ever dirty.
     pub fn new(size_bytes: u64, granularity: Granularity) -> Arc<Self> {
-        Self::make(size_bytes, granularity, None)
+        Self::make(size_bytes, granularity, None, false)
     }
 
     /// A map that knows of granules of which a part was marked which blocks of `block_bytes` bytes that was, if a granule has 2 to 16 of
     /// them: see [`Claim::parts`]. Memory: 64 KiB more for each 2^15 granules of which a part was ever marked, 16 MiB at most; past that,
-    /// granules are whole.
+    /// granules are whole. Granules that are written again before they are copied are claimed last, as long as they are few.
     pub fn with_blocks(size_bytes: u64, granularity: Granularity, block_bytes: u64) -> Arc<Self> {
-        Self::make(size_bytes, granularity, Blocks::new(size_bytes, granularity, block_bytes))
+        Self::make(size_bytes, granularity, Blocks::new(size_bytes, granularity, block_bytes), true)
     }
 
-    fn make(size_bytes: u64, granularity: Granularity, blocks: Option<Blocks>) -> Arc<Self> {
-        let (bits, turn) = BitTree::new(granularity.count(size_bytes));
+    fn make(size_bytes: u64, granularity: Granularity, blocks: Option<Blocks>, ordered: bool) -> Arc<Self> {
+        let granules = granularity.count(size_bytes);
+        let (bits, turn) = BitTree::new(granules);
+        let (heat, heat_turn) = ordered.then(|| Heat::new(granules)).unzip();
         Arc::new(DirtyMap {
             size_bytes,
             granularity,
             bits,
             blocks,
-            busy: Mutex::new(Busy::new(turn)),
+            heat,
+            busy: Mutex::new(Busy::new(turn, heat_turn)),
             hold_freed: Condvar::new(),
             work_arrived: Condvar::new(),
             sleepers: AtomicUsize::new(0),
@@ -106,7 +112,12 @@ impl DirtyMap {
     pub fn mark(&self, range: ByteRange) -> bool {
         let range = self.clip(range);
         let granules = touched_granules(range, self.granularity);
-        let newly = self.set(range, granules) > 0;
+        let asked = granules.end - granules.start;
+        let count = self.set(range, granules.clone());
+        if let (true, Some(heat)) = (count < asked, &self.heat) {
+            heat.note(&granules);
+        }
+        let newly = count > 0;
         // Whoever set a bit first wakes the sleepers: bits that were set already have been announced, or are about to be.
         if newly && self.sleepers.load(SeqCst) > 0 {
             // A sleeper that has counted itself may not sleep yet: it does when the lock is free.
@@ -165,9 +176,17 @@ impl DirtyMap {
             return None;
         }
         let mut busy = self.busy.lock();
-        let start = self.find_claimable(&busy, from.0)?;
-        let limit = self.free_until(&busy, start, start.saturating_add(limit_granules.into()).min(self.granules()));
+        let end = |start: u64| start.saturating_add(limit_granules.into()).min(self.granules());
+        let cold = self.find_cold(&busy, from.0).map(|(start, cold_end)| (start, cold_end.min(end(start))));
+        let (start, end) = match cold {
+            Some(cold) => cold,
+            None => self.find_claimable(&busy, from.0, None).map(|start| (start, end(start)))?,
+        };
+        let limit = self.free_until(&busy, start, end);
         let end = self.bits.take_run(start, limit, &mut busy.turn);
+        if let (Some(heat), Some(turn)) = (&self.heat, &mut busy.heat_turn) {
+            heat.forget(start..end, turn);
+        }
         debug_assert!(end > start);
         busy.claims.insert(start, end);
         busy.in_flight_bytes += self.bytes_of(start, end).len();
@@ -252,7 +271,7 @@ impl DirtyMap {
             if stop() {
                 break Wake::Stopped;
             }
-            if self.find_claimable(&busy, 0).is_some() {
+            if self.find_claimable(&busy, 0, None).is_some() {
                 break Wake::Work;
             }
             if !in_time {
@@ -271,17 +290,25 @@ impl DirtyMap {
     }
 
     /// The first dirty granule that may be claimed, looked for from `from` on and then from the start.
-    fn find_claimable(&self, busy: &Busy, from: u64) -> Option<u64> {
-        let find = |mut at: u64, end: u64| {
+    fn find_claimable(&self, busy: &Busy, from: u64, mut search: Option<&mut Search<'_>>) -> Option<u64> {
+        let mut find = |mut at: u64, end: u64| {
             loop {
                 let found = self.bits.next(at, &busy.turn).filter(|&found| found < end)?;
                 match busy.first_taken(found..found + 1, self.granularity) {
+                    None if search.as_mut().map_or(Some(false), |search| search.passes_over(found))? => at = found + 1,
                     None => return Some(found),
                     Some(taken) => at = taken.end,
                 }
             }
         };
         find(from, self.granules()).or_else(|| find(0, from))
+    }
+
+    /// As [`DirtyMap::find_claimable`], of granules that are not hot, and where they end. `None`: there are none, or it is not worth it.
+    fn find_cold(&self, busy: &Busy, from: u64) -> Option<(u64, u64)> {
+        let mut search = self.heat.as_ref()?.search(self.bits.count())?;
+        let start = self.find_claimable(busy, from, Some(&mut search))?;
+        Some((start, search.cold_until(start, self.granules(), busy.heat_turn.as_ref()?)))
     }
 
     /// The end of the granules from `start` on that may be claimed, `end` at most.

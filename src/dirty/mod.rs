@@ -4,11 +4,12 @@
 //! - [`claim`]: granules in a copier's hands;
 //! - [`hold`]: bytes that a synchronous guest write keeps to itself;
 //! - [`intent`]: the durable, coarse shadow of the map, which a power cut leaves true;
-//! - `bits`, `blocks` and `busy`: what the map is made of.
+//! - `bits`, `blocks`, `heat` and `busy`: what the map is made of.
 mod bits;
 mod blocks;
 mod busy;
 pub mod claim;
+mod heat;
 pub mod hold;
 pub mod intent;
 pub mod map;

@@ -15,6 +15,7 @@ use std::time::SystemTime;
 use fuser::{Errno, FileAttr, FileType, INodeNo};
 
 use crate::error::{Error, Result};
+use crate::fuse::crew::Crew;
 use crate::fuse::flights::Flights;
 use crate::range::ByteRange;
 use crate::server::config::Layout;
@@ -41,7 +42,8 @@ impl std::fmt::Debug for Disks {
 #[derive(Debug)]
 pub(super) struct DiskFilesystem {
     pub(super) disks: Disks,
-    pub(super) flights: Flights,
+    pub(super) flights: Arc<Flights>,
+    pub(super) crew: Arc<Crew>,
     started: SystemTime,
     /// Seconds since `started` at which a failed request was last logged.
     last_log_seconds: AtomicU64,
@@ -54,8 +56,9 @@ pub(super) enum Node<'a> {
 }
 
 impl DiskFilesystem {
-    pub(super) fn new(disks: Disks, flights: Flights) -> Self {
-        DiskFilesystem { disks, flights, started: SystemTime::now(), last_log_seconds: AtomicU64::new(u64::MAX) }
+    pub(super) fn new(disks: Disks, flights: Arc<Flights>, crew: Arc<Crew>) -> Self {
+        let last_log_seconds = AtomicU64::new(u64::MAX);
+        DiskFilesystem { disks, flights, crew, started: SystemTime::now(), last_log_seconds }
     }
 
     pub(super) fn node(&self, inode: INodeNo) -> Result<Node<'_>, Errno> {

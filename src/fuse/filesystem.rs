@@ -58,7 +58,12 @@ impl DiskFilesystem {
 
     /// Whatever may look at a disk is recorded as under way while it does.
     fn fly<T>(&self, request: &Request, named: Named<'_>, work: impl FnOnce() -> Result<T, Errno>) -> Result<T, Errno> {
-        self.flights.run(request.unique().into(), named, work)
+        let look = self.crew.look(&self.flights);
+        let result = self.flights.run(request.unique().into(), named, work);
+        if let Some(look) = look {
+            self.crew.judge(&look);
+        }
+        result
     }
 }
 

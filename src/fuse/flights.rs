@@ -33,11 +33,14 @@ const TOO_OFTEN: u64 = 2;
 /// How long the careful mode may keep requests waiting: a suspect may hang on a disk, which is no crime.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// Requests of so many threads are recorded.
+pub(super) const THREADS_MAX: usize = 32;
+
 // The page: a cache line for the one that runs alone and for whether there was progress, one for each thread, then pairs of a suspect and how often, then the convicted.
 const LINE: usize = 8;
 const ALONE: usize = 0;
 const PROGRESS: usize = 1;
-const SLOTS: std::ops::Range<usize> = LINE..LINE * 33;
+const SLOTS: std::ops::Range<usize> = LINE..LINE * (THREADS_MAX + 1);
 const SUSPECTS: std::ops::Range<usize> = SLOTS.end..SLOTS.end + 2 * 64;
 const CONVICTED: std::ops::Range<usize> = SUSPECTS.end..SUSPECTS.end + 64;
 const _: () = assert!(CONVICTED.end <= WORDS);
@@ -95,6 +98,12 @@ impl Flights {
             opened: Condvar::new(),
             until: Instant::now() + PATIENCE,
         })
+    }
+
+    /// How many requests are under way at this moment; 0 if nothing is recorded.
+    pub(super) fn under_way(&self) -> usize {
+        let Some(page) = &self.page else { return 0 };
+        SLOTS.step_by(LINE).filter(|&slot| page.word(slot).load(Ordering::Relaxed) != 0).count()
     }
 
     /// Runs the request with the number `unique`; `what` is for the log.

@@ -17,6 +17,7 @@
 //! - a server is replaced by the same path that started the first one ([`session`]);
 //! - every request is answered in the thread that read it, so that a server's end never drops a reply.
 
+mod crew;
 mod disks;
 mod filesystem;
 mod flights;

@@ -14,12 +14,14 @@
 //! Every request is answered in the thread that read it. When the connection has ended there is nothing left unanswered.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use fuser::{Config, Session, SessionACL};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, socketpair};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::fuse::crew::Crew;
 use crate::fuse::disks::{DiskFilesystem, Disks};
 use crate::fuse::init::{Negotiated, resend};
 use crate::fuse::keeper_link::Connection;
@@ -29,10 +31,12 @@ use crate::sys::descriptor;
 #[derive(Debug)]
 pub struct ServingSession {
     runner: JoinHandle<std::io::Result<()>>,
+    crew: Arc<Crew>,
+    recruiter: Option<JoinHandle<()>>,
 }
 
 impl ServingSession {
-    /// Serves `disks` on a live connection with `threads` threads, at least one. Requests that the last server
+    /// Serves `disks` on a live connection with `threads` threads, at least one, and more where disks are slow. Requests that the last server
     /// left unanswered are sent again by the kernel: that server must have been reaped.
     ///
     /// # Errors
@@ -40,7 +44,12 @@ impl ServingSession {
     pub fn start(connection: Connection, disks: Disks, threads: usize) -> Result<Self> {
         let failed = |error: &std::io::Error| Error::io("cannot start to serve the mount", error);
         let Connection { fd: fuse_fd, negotiated, flights } = connection;
-        let session = shake_hands(&negotiated, DiskFilesystem::new(disks, flights), threads)?;
+        let crew = Arc::new(Crew::new(threads.max(1)));
+        let filesystem = {
+            let (crew, flights) = (crew.clone(), Arc::new(flights));
+            move || DiskFilesystem::new(disks.clone(), flights.clone(), crew.clone())
+        };
+        let session = shake_hands(&negotiated, filesystem(), threads)?;
         descriptor::replace(session.as_fd(), fuse_fd.as_fd()).map_err(|error| failed(&error))?;
         if negotiated.has_resend() {
             match resend(fuse_fd.as_fd()) {
@@ -49,12 +58,17 @@ impl ServingSession {
                 _ => {}
             }
         }
-        drop(fuse_fd);
         let runner = std::thread::Builder::new()
             .name("fuse-session".into())
             .spawn(move || session.run())
             .map_err(|error| failed(&error))?;
-        Ok(ServingSession { runner })
+        // From now on the connection is served: what fails here costs speed only.
+        let recruiter = std::thread::Builder::new().name("fuse-crew".into()).stack_size(256 << 10).spawn({
+            let crew = crew.clone();
+            move || recruit(&crew, &fuse_fd, &negotiated, filesystem)
+        });
+        let recruiter = recruiter.inspect_err(|error| log::warn!("cannot start a thread: {error}")).ok();
+        Ok(ServingSession { runner, crew, recruiter })
     }
 
     /// Waits until the connection has ended: unmounted, or aborted. Then every request was answered.
@@ -62,10 +76,46 @@ impl ServingSession {
     /// # Errors
     /// The session gave up although the connection lives; another server can go on with it.
     pub fn wait(self) -> Result<()> {
-        match self.runner.join() {
+        let ended = self.runner.join();
+        self.crew.close();
+        if let (Ok(Ok(())), Some(recruiter)) = (&ended, self.recruiter) {
+            // The connection has ended, so its threads end too.
+            let _ = recruiter.join();
+        }
+        match ended {
             Ok(Ok(())) => Ok(()),
             Ok(Err(error)) => Err(Error::io("cannot go on serving the mount", &error)),
             Err(_) => Err(Error::new(ErrorKind::Failed, "a thread that served the mount panicked")),
+        }
+    }
+}
+
+/// Adds threads to those that serve a connection, whenever they are wanted: as further sessions on the same descriptor. They read the
+/// requests that nobody has read; nothing is sent again for them.
+fn recruit(crew: &Crew, fuse_fd: &OwnedFd, negotiated: &Negotiated, filesystem: impl Fn() -> DiskFilesystem) {
+    let mut sessions = Vec::new();
+    while let Some(more) = crew.wait_for_demand() {
+        let hired = shake_hands(negotiated, filesystem(), more).and_then(|session| {
+            let failed = |error: std::io::Error| Error::io("cannot add threads to a mount", &error);
+            descriptor::replace(session.as_fd(), fuse_fd.as_fd()).map_err(failed)?;
+            let name = std::thread::Builder::new().name("fuse-session".into()).stack_size(256 << 10);
+            name.spawn(move || session.run()).map_err(failed)
+        });
+        match hired {
+            Ok(session) => {
+                log::info!("the disks are slower than the guests ask: {more} more threads");
+                sessions.push(session);
+                crew.answer_demand(more);
+            }
+            Err(error) => {
+                log::warn!("{error}; it is served by those that there are");
+                crew.answer_demand(0);
+            }
+        }
+    }
+    for session in sessions {
+        if let Ok(Err(error)) = session.join() {
+            log::debug!("{error}");
         }
     }
 }
@@ -132,8 +182,8 @@ mod tests {
             max_write_bytes: 1 << 20,
         };
         let before = populated_buffers();
-        let flights = Flights::open(None, false).unwrap();
-        shake_hands(&negotiated, DiskFilesystem::new(disks, flights), 2).unwrap();
+        let flights = Arc::new(Flights::open(None, false).unwrap());
+        shake_hands(&negotiated, DiskFilesystem::new(disks, flights, Arc::new(Crew::new(2))), 2).unwrap();
         // The library still asks for buffers of the size that the allocator knows them by.
         assert!(populated_buffers() > before);
     }

@@ -1,12 +1,15 @@
 //! `livemirror pause`, `resume` and `set`: changes to a mirror that is under way.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use super::follow;
 use super::place::{Disk, Mount};
 use super::units;
 use crate::error::{Error, Result};
+use crate::mirror::micros;
 
 /// Stops the copying of a mirror for now.
 ///
@@ -24,7 +27,7 @@ pub struct ResumeArguments {
     disk: PathBuf,
 }
 
-/// Changes the speed limit or the copy mode of a mirror under way.
+/// Changes the pace or the copy mode of a mirror under way.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:
   livemirror set /mnt/vm/os.img --speed 50M")]
@@ -41,6 +44,12 @@ struct Changes {
     /// The most that is copied each second; 0 is no limit.
     #[arg(long, value_name = "SIZE", value_parser = units::parse_size)]
     speed: Option<u64>,
+    /// The copy yields so that 99 of 100 reads and writes of the guest take no longer than this; 0: it does not any more.
+    #[arg(long, value_name = "DURATION", value_parser = units::parse_duration)]
+    guest_first: Option<Duration>,
+    /// As slow as will do to be ready by then: in 2h, at 22:30, at "2026-01-31 06:00"; never: no such time any more.
+    #[arg(long, value_name = "TIME", value_parser = units::parse_moment)]
+    finish_by: Option<units::Moment>,
     /// Whether writes of the guest wait for the target.
     #[arg(long, value_parser = ["auto", "background", "write-blocking"])]
     copy_mode: Option<String>,
@@ -52,7 +61,7 @@ impl PauseArguments {
     /// # Errors
     /// There is no mirror, or it is paused already.
     pub fn run(self) -> Result<()> {
-        on_job(&self.disk, |job| vec![("block-job-pause", json!({ "device": job }))])
+        on_job(&self.disk, |_, job| vec![("block-job-pause", json!({ "device": job }))])
     }
 }
 
@@ -62,7 +71,7 @@ impl ResumeArguments {
     /// # Errors
     /// There is no mirror, or it is not paused.
     pub fn run(self) -> Result<()> {
-        on_job(&self.disk, |job| vec![("block-job-resume", json!({ "device": job }))])
+        on_job(&self.disk, |_, job| vec![("block-job-resume", json!({ "device": job }))])
     }
 }
 
@@ -72,24 +81,38 @@ impl SetArguments {
     /// # Errors
     /// There is no mirror, or it is ending.
     pub fn run(self) -> Result<()> {
-        let Changes { speed, copy_mode } = self.changes;
+        let Changes { speed, guest_first, finish_by, copy_mode } = self.changes;
         if speed.is_some_and(|speed| i64::try_from(speed).is_err()) {
             return Err(Error::usage("the value of --speed is too large"));
         }
-        on_job(&self.disk, |job| {
+        on_job(&self.disk, |device, job| {
+            let pace = (guest_first.is_some() || finish_by.is_some()).then(|| {
+                let mut told = json!({ "device": device });
+                if let Some(bound) = guest_first {
+                    told["guest-first-us"] = micros(bound).into();
+                }
+                if let Some(moment) = finish_by {
+                    told["finish-by-ms"] = units::epoch_ms(moment).into();
+                }
+                ("livemirror-set-pace", told)
+            });
             let speed = speed.map(|speed| ("block-job-set-speed", json!({ "device": job, "speed": speed })));
             let mode =
                 copy_mode.map(|mode| ("block-job-change", json!({ "id": job, "type": "mirror", "copy-mode": mode })));
-            speed.into_iter().chain(mode).collect()
-        })
+            speed.into_iter().chain(pace).chain(mode).collect()
+        })?;
+        match finish_by {
+            Some(units::Moment(Some(_))) => follow::warn_if_late(&mut Mount::open(&self.disk)?),
+            _ => Ok(()),
+        }
     }
 }
 
 /// Executes the commands that `make` makes for the job of the disk's mirror.
-fn on_job(path: &Path, make: impl FnOnce(&str) -> Vec<(&'static str, Value)>) -> Result<()> {
+fn on_job(path: &Path, make: impl FnOnce(&str, &str) -> Vec<(&'static str, Value)>) -> Result<()> {
     let mut mount = Mount::open(path)?;
     let disk: Disk = mount.disk()?;
-    for (command, arguments) in make(disk.job_id()?) {
+    for (command, arguments) in make(&disk.device, disk.job_id()?) {
         mount.client.execute(command, arguments)?;
     }
     Ok(())

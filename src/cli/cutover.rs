@@ -142,6 +142,7 @@ fn happened_all_the_same(mount: &mut Mount, disks: &[Disk]) -> Option<Vec<Cutove
             active: now.active.clone(),
             superseded: disk.status.active.clone(),
             pause_ms: last.pause_ms.unwrap_or_default(),
+            predicted_pause_ms: last.predicted_pause_ms.unwrap_or_default(),
         })
     };
     disks.iter().map(report).collect()
@@ -152,7 +153,10 @@ pub fn print(disks: &[Disk], reports: &[CutoverReport]) {
     for report in reports {
         let disk = disks.iter().find(|disk| disk.device == report.device);
         let path = disk.map_or(report.device.as_str(), |disk| disk.status.disk.as_str());
-        output::line(format_args!("{path} is now on {}; writes waited {:.1} ms", report.active, report.pause_ms));
+        output::line(format_args!(
+            "{path} is now on {}; writes waited {:.1} ms ({:.1} ms were predicted)",
+            report.active, report.pause_ms, report.predicted_pause_ms
+        ));
         output::line(format_args!("{} is out of date from here on", report.superseded));
     }
 }

@@ -5,11 +5,15 @@ use std::time::{Duration, Instant};
 use super::interrupt::Interrupt;
 use super::place::{Disk, Mount};
 use super::progress::Progress;
+use super::units;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mirror::types::{IoStatus, JobInfo, JobStatus, LastMirror, MirrorResult};
 
 /// How often the server is asked.
 const EVERY: Duration = Duration::from_millis(100);
+
+/// How long a forecast is waited for.
+const FORECAST_PATIENCE: Duration = Duration::from_secs(5);
 
 /// How the waiting for ready ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,10 +36,15 @@ pub fn until_ready(
     progress: &mut Progress,
     deadline: Option<Instant>,
 ) -> Result<Waited> {
+    let mut late_said = false;
     loop {
         let now = mount.disk()?.status;
         let Some(job) = &now.mirror else { return Err(ended_early(disk, now.last_mirror.as_ref())) };
         progress.show(&now, job);
+        if let (Some(false), Some(time), false) = (job.in_time, &job.finish_by, late_said || job.ready) {
+            progress.say(&format!("the mirror {}", late(job, time)));
+            late_said = true;
+        }
         if job.ready {
             return Ok(Waited::Ready);
         }
@@ -53,6 +62,36 @@ pub fn until_ready(
         }
         std::thread::sleep(EVERY);
     }
+}
+
+/// Says on standard error that the mirror will not be ready by the time that it was given, once that is known.
+///
+/// # Errors
+/// The server does not answer any more.
+pub fn warn_if_late(mount: &mut Mount) -> Result<()> {
+    let begun = Instant::now();
+    while begun.elapsed() < FORECAST_PATIENCE {
+        let disk = mount.disk()?;
+        let Some(job) = disk.status.mirror.as_ref().filter(|job| !job.ready) else { return Ok(()) };
+        match (job.in_time, &job.finish_by) {
+            (Some(false), Some(time)) => {
+                eprintln!("livemirror: the mirror of {} {}", disk.status.disk, late(job, time));
+                return Ok(());
+            }
+            (Some(true), _) => return Ok(()),
+            _ => std::thread::sleep(EVERY),
+        }
+    }
+    Ok(())
+}
+
+/// `will not be ready by 22:30:00: at full speed it takes 3h 2m more`.
+pub fn late(job: &JobInfo, time: &str) -> String {
+    let when = match job.eta_seconds {
+        Some(left) => format!("it takes {} more", units::seconds(left)),
+        None => "the copy does not gain on the guest".to_owned(),
+    };
+    format!("will not be ready by {}: at full speed {when}", units::local(time))
 }
 
 /// Waits until the job that `disk` had is gone, and returns how it ended.

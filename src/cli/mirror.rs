@@ -15,6 +15,7 @@ use crate::control::backend::MirrorPlan;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::mountinfo::{MountTable, Place};
 use crate::image::nbd::uri;
+use crate::mirror::micros;
 
 /// Starts a mirror: TARGET becomes, and stays, the same as the disk while the guest goes on.
 ///
@@ -24,6 +25,7 @@ use crate::image::nbd::uri;
 #[command(after_help = "Examples:
   livemirror mirror /mnt/vm/os.img /new/os.img
   livemirror mirror /mnt/vm /new/ --speed 200M --wait
+  livemirror mirror /mnt/vm /new/ --finish-by 06:00 --guest-first 10ms
   livemirror mirror /mnt/vm/os.img /dev/vg0/os --existing
   livemirror mirror /mnt/vm/os.img /new/os.qcow2 --sync top
   livemirror mirror /mnt/vm/os.img nbd://newhost/os --reconnect 10min
@@ -81,6 +83,12 @@ pub struct MirrorArguments {
     /// The most that is copied each second; 0 is no limit.
     #[arg(long, value_name = "SIZE", value_parser = units::parse_size, default_value = "0")]
     speed: u64,
+    /// The copy yields so that 99 of 100 reads and writes of the guest take no longer than this, as far as that is the copy's doing.
+    #[arg(long, value_name = "DURATION", value_parser = units::parse_duration)]
+    guest_first: Option<Duration>,
+    /// As slow as will do to be ready by then: in 2h, at 22:30, at "2026-01-31 06:00". Says so at once if it cannot be.
+    #[arg(long, value_name = "TIME", value_parser = units::parse_moment)]
+    finish_by: Option<units::Moment>,
     /// Memory for copies in flight.
     #[arg(long, value_name = "SIZE", value_parser = units::parse_size, default_value = "16M")]
     buffer: u64,
@@ -128,6 +136,9 @@ impl Arguments {
         self.options.start(&mut mount, &disk, &target)?;
         if !self.wait {
             output::line(format_args!("mirroring {} to {target}", disk.status.disk));
+            if self.options.finish_by.is_some() {
+                follow::warn_if_late(&mut mount)?;
+            }
             return Ok(());
         }
         let mut progress = Progress::new();
@@ -203,6 +214,12 @@ impl MirrorArguments {
         if let Some(reconnect) = self.reconnect {
             let reconnect_ms = u64::try_from(reconnect.as_millis()).unwrap_or(u64::MAX);
             put("reconnect-ms", signed(reconnect_ms, "--reconnect")?);
+        }
+        if let Some(bound) = self.guest_first {
+            put("guest-first-us", signed(micros(bound), "--guest-first")?);
+        }
+        if let Some(moment) = self.finish_by {
+            put("finish-by-ms", signed(units::epoch_ms(moment), "--finish-by")?);
         }
         put("reflink", (!self.no_reflink).into());
         if let Some(cache) = &self.target_cache {

@@ -104,6 +104,15 @@ pub fn describe(job: &JobInfo) -> String {
     if job.speed > 0 {
         parts.push(format!("limit {}", units::rate(job.speed)));
     }
+    if let (Some(bound), Some(p99)) = (job.guest_first_us, job.guest_p99_us) {
+        let yields = if job.own_speed > 0 && p99 * 10 > bound * 7 { ", yields" } else { "" };
+        let short = |micros| units::duration(Duration::from_micros(micros));
+        parts.push(format!("guest's p99 {} of {}{yields}", short(p99), short(bound)));
+    }
+    if let (Some(time), false) = (&job.finish_by, job.ready) {
+        let word = if job.in_time == Some(false) { "late for" } else { "to be ready by" };
+        parts.push(format!("{word} {}", units::local(time)));
+    }
     if job.copy_mode == CopyMode::WriteBlocking {
         parts.push("write-blocking".to_owned());
     }

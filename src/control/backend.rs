@@ -98,6 +98,9 @@ pub struct CutoverReport {
     pub superseded: String,
     /// How long guest writes waited, in milliseconds.
     pub pause_ms: f64,
+    /// What was predicted for that, in milliseconds.
+    #[serde(default)]
+    pub predicted_pause_ms: f64,
 }
 
 /// A process (or kernel user) that keeps a disk open.
@@ -175,6 +178,12 @@ pub trait Backend: Send + Sync + 'static {
     /// # Errors
     /// As for pause.
     fn set_speed(&self, job_id: &str, bytes_per_second: u64) -> Result<()>;
+
+    /// Changes what the copy's pace follows. What is `None` stays; zero is "no longer". `finish_by` is a time since the epoch.
+    ///
+    /// # Errors
+    /// As for pause.
+    fn set_pace(&self, job_id: &str, guest_first: Option<Duration>, finish_by: Option<Duration>) -> Result<()>;
 
     /// Changes the copy mode.
     ///

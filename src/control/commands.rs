@@ -67,6 +67,7 @@ static COMMANDS: &[Command] = &[
     plain("livemirror-cutover", livemirror::cutover),
     plain("livemirror-verify", livemirror::verify),
     verb("livemirror-finish", livemirror::finish),
+    verb("livemirror-set-pace", livemirror::set_pace),
     verb("livemirror-cancel", livemirror::cancel),
     plain("livemirror-unmount", livemirror::unmount),
     plain("livemirror-holders", livemirror::holders),

@@ -97,6 +97,7 @@ impl Fake {
             consistent: result != MirrorResult::Failed,
             error: (result == MirrorResult::Failed).then(|| "Input/output error".into()),
             pause_ms: (result == MirrorResult::Completed).then_some(1.5),
+            predicted_pause_ms: (result == MirrorResult::Completed).then_some(2.5),
             ended: "2026-01-01T00:00:00Z".into(),
         });
     }
@@ -182,6 +183,11 @@ impl Backend for Fake {
             drain_bytes_per_second: 0,
             eta_seconds: None,
             speed: options.speed_bytes_per_second,
+            own_speed: 0,
+            guest_first_us: None,
+            guest_p99_us: None,
+            finish_by: None,
+            in_time: None,
             io_status: IoStatus::Ok,
             last_error: None,
             paused: false,
@@ -279,6 +285,12 @@ impl Backend for Fake {
         Ok(())
     }
 
+    fn set_pace(&self, job_id: &str, guest_first: Option<Duration>, finish_by: Option<Duration>) -> Result<()> {
+        self.allow(job_id, "set-speed", LIVE)?;
+        self.note(format!("pace {guest_first:?} {finish_by:?}"));
+        Ok(())
+    }
+
     fn set_copy_mode(&self, job_id: &str, mode: CopyMode) -> Result<()> {
         self.allow(job_id, "change", LIVE)?;
         self.note(format!("mode {mode:?}"));
@@ -298,6 +310,7 @@ impl Backend for Fake {
                 active: job.target,
                 superseded: "/images/os.img".into(),
                 pause_ms: 1.5,
+                predicted_pause_ms: 2.5,
             }]);
         }
         Err(Error::not_now("the mirror of os.img is not ready").advise("try again"))

@@ -3,10 +3,11 @@
 //! | command | arguments | return |
 //! |---|---|---|
 //! | `livemirror-status` | | [`MountStatus`](super::backend::MountStatus) |
-//! | `livemirror-mirror` | `device`, `target`, [`job-id`, `format`, `existing`, `sync`, `base`, `cluster-size`, `version`, `backing-file`, `backing-fmt`, `speed`, `granularity`, `buf-size`, `on-source-error`, `on-target-error`, `copy-mode`, `max-guest-delay-ms`, `reconnect-ms`, `reflink`, `target-cache`, `dry-run`] | `{}`; with `dry-run` [`MirrorPlan`](super::backend::MirrorPlan) |
+//! | `livemirror-mirror` | `device`, `target`, [`job-id`, `format`, `existing`, `sync`, `base`, `cluster-size`, `version`, `backing-file`, `backing-fmt`, `speed`, `granularity`, `buf-size`, `on-source-error`, `on-target-error`, `copy-mode`, `max-guest-delay-ms`, `guest-first-us`, `finish-by-ms`, `reconnect-ms`, `reflink`, `target-cache`, `dry-run`] | `{}`; with `dry-run` [`MirrorPlan`](super::backend::MirrorPlan) |
 //! | `livemirror-cutover` | [`devices`, `max-pause-ms`, `patience-ms`] | list of [`CutoverReport`](super::backend::CutoverReport) |
 //! | `livemirror-verify` | `device`, [`from`] | [`Verified`](crate::mirror::verify::Verified) |
 //! | `livemirror-finish` | `device` | `{}`; `not-now` unless ready |
+//! | `livemirror-set-pace` | `device`, [`guest-first-us`, `finish-by-ms`]: 0 is no longer | `{}` |
 //! | `livemirror-cancel` | `device`, [`keep`] | `{}` |
 //! | `livemirror-unmount` | [`abort`] | `{}` |
 //! | `livemirror-holders` | | list of [`Holder`](super::backend::Holder) |
@@ -25,10 +26,13 @@ use super::errors::QmpError;
 use super::jobs::{COPY_MODES, NewJob, SYNCS, check_device, format_of, no_bitmaps};
 use crate::error::{Error, ErrorKind};
 use crate::image::{BackingFile, CacheMode, Layout, Version};
-use crate::mirror::types::{CancelMode, JobInfo, JobStatus};
+use crate::mirror::types::{CancelMode, JobInfo, JobStatus, Pace};
 
 /// The longest time that one cutover call may keep its connection.
 const PATIENCE_MAX: Duration = Duration::from_secs(60);
+
+/// The end of the year 9999, in milliseconds since the epoch.
+const FINISH_BY_MS_MAX: u64 = 253_402_300_799_000;
 
 pub(super) fn status(backend: &dyn Backend, arguments: Arguments) -> Answer {
     arguments.finish()?;
@@ -60,6 +64,11 @@ pub(super) fn mirror(backend: &dyn Backend, mut arguments: Arguments) -> Answer 
         job.options.max_guest_delay = Duration::from_millis(delay_ms);
     }
     job.options.reconnect = arguments.size("reconnect-ms")?.map(Duration::from_millis);
+    let (guest_first, finish_by) = pace(&mut arguments)?;
+    job.options.pace = Pace {
+        guest_first: guest_first.filter(|bound| !bound.is_zero()),
+        finish_by: finish_by.filter(|time| !time.is_zero()),
+    };
     let dry_run = arguments.flag("dry-run")?.unwrap_or(false);
     arguments.finish()?;
     job.format(format)?;
@@ -69,6 +78,18 @@ pub(super) fn mirror(backend: &dyn Backend, mut arguments: Arguments) -> Answer 
     }
     backend.start_mirror(&job.device, job.options)?;
     Ok(json!({}))
+}
+
+/// Microseconds, and milliseconds since the epoch.
+fn pace(arguments: &mut Arguments) -> Result<(Option<Duration>, Option<Duration>), QmpError> {
+    let guest_first = arguments.size("guest-first-us")?.map(Duration::from_micros);
+    let finish_by_ms = arguments.size("finish-by-ms")?;
+    // Later ones cannot be written as a date.
+    if finish_by_ms.is_some_and(|ms| ms > FINISH_BY_MS_MAX) {
+        return Err(QmpError::usage("Parameter 'finish-by-ms' is out of range"));
+    }
+    let finish_by = finish_by_ms.map(Duration::from_millis);
+    Ok((guest_first, finish_by))
 }
 
 /// How a new target is laid out, by the names of QEMU's `blockdev-create`.
@@ -122,6 +143,15 @@ pub(super) fn finish(backend: &dyn Backend, mut arguments: Arguments) -> Answer 
         return Err(error.advise("let it go on with `livemirror resume`, then finish it").into());
     }
     backend.cancel(&job.job_id, CancelMode::Soft, true)?;
+    Ok(json!({}))
+}
+
+pub(super) fn set_pace(backend: &dyn Backend, mut arguments: Arguments) -> Answer {
+    let device = arguments.string("device")?;
+    let (guest_first, finish_by) = pace(&mut arguments)?;
+    arguments.finish()?;
+    let job = job_of(backend, &device)?;
+    backend.set_pace(&job.job_id, guest_first, finish_by)?;
     Ok(json!({}))
 }
 

@@ -40,6 +40,16 @@ pub struct Cutovers {
     running: Mutex<Option<Instant>>,
 }
 
+/// How long guest writes waited at a cutover.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Pause {
+    /// What was expected before they were held, in milliseconds: what was left to copy at the rate seen, and a flush like the last one,
+    /// which had more to write.
+    pub predicted_ms: f64,
+    /// What it was, in milliseconds.
+    pub took_ms: f64,
+}
+
 /// What one attempt works with, for one volume.
 struct Participant {
     job: Arc<Job>,
@@ -64,11 +74,11 @@ impl Cutovers {
     }
 
     /// Tries to end `jobs` at one instant. Waits up to `patience` for them to come near enough, and lets guest writes wait no
-    /// longer than `max_pause`. Returns that pause in milliseconds.
+    /// longer than `max_pause`. Returns that pause.
     ///
     /// # Errors
     /// `NotNow`: nothing has changed, another attempt may succeed. Else the switch failed for good; the guests go on.
-    pub fn attempt(&self, jobs: &[Arc<Job>], ending: Ending, max_pause: Duration, patience: Duration) -> Result<f64> {
+    pub fn attempt(&self, jobs: &[Arc<Job>], ending: Ending, max_pause: Duration, patience: Duration) -> Result<Pause> {
         let give_up_at = Instant::now() + patience;
         let mut rest_until = self.running.lock();
         let participants = gather(jobs, ending)?;
@@ -78,7 +88,8 @@ impl Cutovers {
         participants.iter().try_for_each(|one| check_in_place(&**one.live.target.image()))?;
         let switches: Vec<Switch> = participants.iter().map(Participant::switch).collect();
         let record = self.committer.prepare(&switches, ending)?;
-        wait_until_near(&participants, max_pause, flush_took, *rest_until, give_up_at)?;
+        let drain_takes = wait_until_near(&participants, max_pause, flush_took, *rest_until, give_up_at)?;
+        let predicted_ms = (drain_takes + flush_took).as_secs_f64() * 1e3;
         *rest_until = Some(Instant::now() + max_pause.saturating_mul(REST_PAUSES).min(REST_MAX));
 
         let raised_at = Instant::now();
@@ -103,7 +114,7 @@ impl Cutovers {
         };
         frozen.for_good();
         if let Some(error) = failure {
-            return self.settle(&participants, &switches, barriers, error, raised_at);
+            return self.settle(&participants, &switches, barriers, error, (raised_at, predicted_ms));
         }
         if ending == Ending::Switch {
             self.committer.supersede(&switches);
@@ -115,13 +126,13 @@ impl Cutovers {
             }
         }
         drop(barriers);
-        let pause_ms = raised_at.elapsed().as_secs_f64() * 1e3;
+        let pause = Pause { predicted_ms, took_ms: raised_at.elapsed().as_secs_f64() * 1e3 };
         if ending == Ending::Switch {
             self.committer.switched(&switches);
         }
-        announce(&participants, ending, pause_ms);
+        announce(&participants, ending, pause);
         *rest_until = None;
-        Ok(pause_ms)
+        Ok(pause)
     }
 
     /// Nobody knows whether the record in place calls the copy finished: the target stays as it is, so that this would be true, until a
@@ -146,8 +157,8 @@ impl Cutovers {
         switches: &[Switch],
         barriers: Vec<Raised<'_>>,
         error: Error,
-        raised_at: Instant,
-    ) -> Result<f64> {
+        (raised_at, predicted_ms): (Instant, f64),
+    ) -> Result<Pause> {
         log::error!("the cutover is undecided: {error}; guest writes go to both images until a record is durable");
         for (participant, barrier) in participants.iter().zip(&barriers) {
             participant.job.volume.set_tracking(barrier, None);
@@ -155,7 +166,7 @@ impl Cutovers {
             participant.job.volume.join(barrier, target.clone(), map.clone());
         }
         drop(barriers);
-        let pause_ms = raised_at.elapsed().as_secs_f64() * 1e3;
+        let pause = Pause { predicted_ms, took_ms: raised_at.elapsed().as_secs_f64() * 1e3 };
         loop {
             thread::sleep(SETTLE_EVERY);
             let Some(barriers) =
@@ -182,8 +193,8 @@ impl Cutovers {
             drop(barriers);
             if whole {
                 self.committer.switched(switches);
-                announce(participants, Ending::Switch, pause_ms);
-                return Ok(pause_ms);
+                announce(participants, Ending::Switch, pause);
+                return Ok(pause);
             }
             let error = Error::new(ErrorKind::Failed, format!("the cutover failed and was taken back: {error}"));
             for one in participants {
@@ -259,13 +270,14 @@ fn still_wanted(participants: &[Participant]) -> Result<()> {
     unwanted.map_or(Ok(()), |one| Err(Error::not_now(format!("the mirror of {} was stopped", one.job.volume.name()))))
 }
 
+/// Returns how long the rest is predicted to take.
 fn wait_until_near(
     participants: &[Participant],
     max_pause: Duration,
     flush_took: Duration,
     rest_until: Option<Instant>,
     give_up_at: Instant,
-) -> Result<()> {
+) -> Result<Duration> {
     // The flush under the barrier has little left to write; the one before it is the upper bound of what it takes.
     let budget = max_pause.saturating_sub(flush_took.min(max_pause / 2)) / 2;
     loop {
@@ -273,7 +285,7 @@ fn wait_until_near(
         let predicted = participants.iter().map(Participant::predicted_drain).sum::<Duration>();
         let rested = rest_until.is_none_or(|until| until <= Instant::now());
         if predicted <= budget && rested {
-            return Ok(());
+            return Ok(predicted);
         }
         if Instant::now() >= give_up_at {
             let dirty: u64 = participants.iter().map(|one| one.live.map.dirty_bytes()).sum();
@@ -410,13 +422,13 @@ fn refuse_unless_proven(participants: &[Participant], written: &[u64]) -> Result
     }
 }
 
-fn announce(participants: &[Participant], ending: Ending, pause_ms: f64) {
+fn announce(participants: &[Participant], ending: Ending, pause: Pause) {
     for one in participants {
         {
             let mut state = one.job.state.lock();
             state.ready = true;
             state.verdict = Some(match ending {
-                Ending::Switch => Verdict::Switched { pause_ms },
+                Ending::Switch => Verdict::Switched { pause },
                 Ending::Copy => Verdict::Finished,
             });
         }

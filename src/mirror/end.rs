@@ -136,11 +136,11 @@ fn remove(target: &dyn Image) {
 }
 
 fn outcome(job: &Job, verdict: &Verdict) -> LastMirror {
-    let (result, consistent, error, pause_ms) = match verdict {
+    let (result, consistent, error, pause) = match verdict {
         Verdict::Cancelled { .. } => (MirrorResult::Cancelled, false, None, None),
         Verdict::Failed(error) => (MirrorResult::Failed, false, Some(describe(error)), None),
         Verdict::Finished => (MirrorResult::Finished, job.options.sync != SyncMode::None, None, None),
-        Verdict::Switched { pause_ms } => (MirrorResult::Completed, true, None, Some(*pause_ms)),
+        Verdict::Switched { pause } => (MirrorResult::Completed, true, None, Some(*pause)),
         // Nobody hears of it: it is no end.
         Verdict::Suspended => (MirrorResult::Cancelled, false, None, None),
     };
@@ -149,7 +149,8 @@ fn outcome(job: &Job, verdict: &Verdict) -> LastMirror {
         result,
         consistent,
         error,
-        pause_ms,
+        pause_ms: pause.map(|pause| pause.took_ms),
+        predicted_pause_ms: pause.map(|pause| pause.predicted_ms),
         ended: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
     }
 }

@@ -1,5 +1,7 @@
 //! The picture of a job that `status` and the QMP queries show.
 
+use std::time::Duration;
+
 use crate::sync::atomic::Ordering::Relaxed;
 
 use super::job::{Job, Live, State};
@@ -36,10 +38,11 @@ impl Job {
         state.drain.sample(copied_bytes.saturating_sub(self.sharing.shared_bytes()));
         state.dirtying.sample(dirtied);
         let gain = state.drain.bytes_per_second().saturating_sub(state.dirtying.bytes_per_second());
-        let eta_seconds = match (state.ready, gain) {
-            (true, _) => Some(0),
-            (false, 0) => None,
-            (false, gain) => Some(remaining.div_ceil(gain)),
+        let eta_seconds = match (state.ready, state.steered.in_time, gain) {
+            (true, ..) => Some(0),
+            (_, Some(_), _) => state.steered.ready_in.map(|left| left.as_secs_f64().ceil() as u64),
+            (.., 0) => None,
+            (.., gain) => Some(remaining.div_ceil(gain)),
         };
         JobInfo {
             job_id: self.id().to_owned(),
@@ -64,6 +67,11 @@ impl Job {
             drain_bytes_per_second: state.drain.bytes_per_second(),
             eta_seconds,
             speed: self.pacer.speed(),
+            own_speed: self.pacer.own_speed(),
+            guest_first_us: state.pace.guest_first.map(micros),
+            guest_p99_us: state.steered.guest_p99.map(micros),
+            finish_by: state.pace.finish_by.map(rfc3339),
+            in_time: state.steered.in_time,
             io_status: state.io_status,
             last_error: state.last_error.as_ref().map(describe).or_else(|| self.cannot_be_resumed()),
             paused: State::is_paused(&state),
@@ -88,6 +96,16 @@ impl Job {
         let error = self.intent.as_ref()?.broken_by()?;
         Some(format!("{error}; the mirror goes on, but cannot be resumed after a restart"))
     }
+}
+
+/// Whole microseconds.
+pub fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// `2026-01-31T20:15:00Z`, of a time since the epoch.
+pub fn rfc3339(since_epoch: Duration) -> String {
+    humantime::format_rfc3339_seconds(std::time::UNIX_EPOCH + since_epoch).to_string()
 }
 
 impl State {

@@ -9,12 +9,13 @@
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use std::fmt;
 
-use super::cutover::Cutovers;
+use super::cutover::{Cutovers, Pause};
 use super::events::EventHub;
 use super::pace::{Pacer, RateMeter};
 use super::share::Sharing;
 use super::start::Resumed;
-use super::types::{CopyMode, IoStatus, JobEvent, JobInfo, JobProgress, JobStatus, LastMirror, MirrorOptions};
+use super::steer::Steered;
+use super::types::{CopyMode, IoStatus, JobEvent, JobInfo, JobProgress, JobStatus, LastMirror, MirrorOptions, Pace};
 use crate::dirty::{DirtyMap, IntentLog};
 use crate::error::Error;
 use crate::image::Image;
@@ -109,6 +110,8 @@ pub(super) struct State {
     pub(super) error_paused: bool,
     pub(super) io_status: IoStatus,
     pub(super) copy_mode: CopyMode,
+    pub(super) pace: Pace,
+    pub(super) steered: Steered,
     pub(super) scanned: bool,
     pub(super) ready: bool,
     pub(super) wish: Wish,
@@ -153,7 +156,7 @@ pub(super) enum Verdict {
     /// A consistent copy.
     Finished,
     /// The target is the disk now.
-    Switched { pause_ms: f64 },
+    Switched { pause: Pause },
     /// The mount ends; the next one goes on with the job.
     Suspended,
 }

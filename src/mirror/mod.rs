@@ -20,12 +20,13 @@ mod scope;
 mod share;
 mod start;
 mod states;
+mod steer;
 mod supervise;
 pub mod types;
 mod verbs;
 pub mod verify;
 
-pub use info::describe;
+pub use info::{describe, micros, rfc3339};
 pub use start::{Resumed, Setting, default_granularity, start};
 
 #[cfg(test)]

@@ -19,30 +19,63 @@ pub struct Pacer {
 
 #[derive(Debug)]
 struct State {
-    bytes_per_second: u64,
+    /// The user's limit, and the job's own; 0: none. The lower one counts.
+    told: u64,
+    own: u64,
     /// When everything granted so far is paid off.
     paid_at: Instant,
     /// A cutover is draining: no limit.
     bypassed: bool,
 }
 
+impl State {
+    /// The limit that counts; 0: none.
+    fn speed(&self) -> u64 {
+        match (self.told, self.own) {
+            (0, limit) | (limit, 0) => limit,
+            (told, own) => told.min(own),
+        }
+    }
+}
+
 impl Pacer {
     /// A limit in bytes per second; 0: none.
     pub fn new(bytes_per_second: u64) -> Self {
-        let state = State { bytes_per_second, paid_at: Instant::now(), bypassed: false };
+        let state = State { told: bytes_per_second, own: 0, paid_at: Instant::now(), bypassed: false };
         Pacer { state: Mutex::new(state), changed: Condvar::new() }
     }
 
-    /// The limit in bytes per second; 0: none.
+    /// The user's limit in bytes per second; 0: none.
     pub fn speed(&self) -> u64 {
-        self.state.lock().bytes_per_second
+        self.state.lock().told
     }
 
-    /// Changes the limit, for those who wait too. What was granted before is not charged again.
+    /// The limit that the job has set itself, bytes per second; 0: none.
+    pub fn own_speed(&self) -> u64 {
+        self.state.lock().own
+    }
+
+    /// Changes the user's limit, for those who wait too. What was granted before is not charged again.
     pub fn set_speed(&self, bytes_per_second: u64) {
         let mut state = self.state.lock();
-        state.bytes_per_second = bytes_per_second;
+        state.told = bytes_per_second;
         state.paid_at = Instant::now();
+        self.changed.notify_all();
+    }
+
+    /// Changes the job's own limit, for those who wait too. It changes all the time: what was granted stays to be paid for, at the new
+    /// speed.
+    pub fn set_own_speed(&self, bytes_per_second: u64) {
+        let mut state = self.state.lock();
+        if state.own == bytes_per_second {
+            return;
+        }
+        let (before, now) = (state.speed(), Instant::now());
+        state.own = bytes_per_second;
+        let debt = state.paid_at.saturating_duration_since(now);
+        if before > 0 && state.speed() > 0 {
+            state.paid_at = now + debt.mul_f64(before as f64 / state.speed() as f64);
+        }
         self.changed.notify_all();
     }
 
@@ -66,12 +99,12 @@ impl Pacer {
             if stop() {
                 return false;
             }
-            if state.bytes_per_second == 0 || state.bypassed {
+            if state.speed() == 0 || state.bypassed {
                 return true;
             }
             let now = Instant::now();
             if state.paid_at <= now + BURST {
-                let cost = Duration::from_secs_f64(bytes as f64 / state.bytes_per_second as f64);
+                let cost = Duration::from_secs_f64(bytes as f64 / state.speed() as f64);
                 state.paid_at = state.paid_at.max(now) + cost;
                 return true;
             }
@@ -83,17 +116,17 @@ impl Pacer {
     /// Gives back what was charged and not copied.
     pub fn refund(&self, bytes: u64) {
         let mut state = self.state.lock();
-        if bytes == 0 || state.bytes_per_second == 0 {
+        if bytes == 0 || state.speed() == 0 {
             return;
         }
-        let cost = Duration::from_secs_f64(bytes as f64 / state.bytes_per_second as f64);
+        let cost = Duration::from_secs_f64(bytes as f64 / state.speed() as f64);
         state.paid_at = state.paid_at.checked_sub(cost).unwrap_or(state.paid_at);
         self.changed.notify_all();
     }
 
     /// The largest piece to claim at once: a tenth of a second's worth, `most` at most.
     pub fn piece(&self, most: u64) -> u64 {
-        match self.state.lock().bytes_per_second {
+        match self.state.lock().speed() {
             0 => most,
             speed => (speed / 10).clamp(1, most),
         }
@@ -149,6 +182,22 @@ mod tests {
         }
         // 5 MiB at 10 MiB/s, less one burst: never faster, however slow the machine.
         assert!(start.elapsed() >= Duration::from_millis(350), "{:?}", start.elapsed());
+    }
+
+    #[test]
+    fn the_lower_limit_counts_and_its_changes_forgive_nothing() {
+        let pacer = Pacer::new(10 << 20);
+        let start = Instant::now();
+        for round in 0..40 {
+            // Between 4 and 5 MiB/s, changed at every turn.
+            pacer.set_own_speed((4 << 20) + (round % 2) * (1 << 20));
+            assert!(pacer.acquire(64 << 10, || false));
+        }
+        // 2.5 MiB at 5 MiB/s at most, less one burst.
+        assert!(start.elapsed() >= Duration::from_millis(350), "{:?}", start.elapsed());
+        assert_eq!((pacer.speed(), pacer.own_speed()), (10 << 20, 5 << 20));
+        pacer.set_speed(1 << 20);
+        assert_eq!(pacer.piece(1 << 30), (1 << 20) / 10);
     }
 
     #[test]

@@ -8,6 +8,7 @@ use super::events::EventHub;
 use super::job::{Counters, Job, JobObserver, Live, State, Wish};
 use super::pace::{Pacer, RateMeter};
 use super::share::Sharing;
+use super::steer::Steered;
 use super::supervise;
 use super::types::{CopyMode, IoStatus, JobEvent, JobStatus, MirrorOptions, SyncMode};
 use crate::dirty::{DirtyMap, IntentLog};
@@ -111,6 +112,8 @@ pub fn start(options: MirrorOptions, setting: Setting, register: impl FnOnce(&Ar
         error_paused: false,
         io_status: IoStatus::Ok,
         copy_mode: options.copy_mode,
+        pace: options.pace.clone(),
+        steered: Steered::default(),
         scanned: false,
         ready: false,
         wish: Wish::None,

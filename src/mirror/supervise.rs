@@ -1,10 +1,11 @@
 //! The supervisor: one thread a job that turns what happened into states, and sleeps when nothing does.
 
-use crate::sync::atomic::Ordering::{Relaxed, SeqCst};
+use crate::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
 use super::cutover::{Ending, MAX_PAUSE_DEFAULT};
 use super::job::{Job, Live, Verdict, Wish};
+use super::steer::{self, Steer};
 use super::types::{CopyMode, JobEvent, JobStatus, Operation};
 use super::{clearing, copy, end, scan};
 use crate::range::ByteRange;
@@ -13,24 +14,8 @@ use crate::volume::target_queue::Ticket;
 
 /// How often a job that has work looks at itself.
 const TICK: Duration = Duration::from_millis(50);
-/// How long the dirty count is watched before `auto` decides that it no longer falls.
-const WINDOW: Duration = Duration::from_millis(500);
-/// How long guests must have been quiet before `auto` lets them off waiting for the target.
-const QUIET: Duration = Duration::from_secs(2);
-/// After a guest gave up on the target, guests do not wait for it this long.
-const STALL_REST: Duration = Duration::from_secs(10);
-
 /// How long guests may be held to look whether both images are equal.
 const MOMENT: Duration = Duration::from_millis(50);
-
-/// What `auto` remembers between two looks.
-#[derive(Debug)]
-struct Convergence {
-    window: Instant,
-    dirty_then: u64,
-    quiet_since: Instant,
-    traffic_then: u64,
-}
 
 /// Runs a job from its start to its end.
 pub(super) fn run(job: &Arc<Job>, live: Live, parts: Vec<ByteRange>) {
@@ -73,8 +58,7 @@ fn start_thread(job: &Arc<Job>, name: &str, body: impl FnOnce() + Send + 'static
 
 /// Returns once there is a verdict.
 fn supervise(job: &Arc<Job>, live: &Live) {
-    let mut convergence =
-        Convergence { window: Instant::now(), dirty_then: u64::MAX, quiet_since: Instant::now(), traffic_then: 0 };
+    let mut steer = Steer::new(job, live);
     let mut flush = None;
     loop {
         if job.verdict().is_some() {
@@ -87,7 +71,7 @@ fn supervise(job: &Arc<Job>, live: &Live) {
         if fulfil_wish(job) {
             continue;
         }
-        converge(job, live, &mut convergence);
+        steer.look(job, live);
         sleep(job, live, retry_at);
     }
 }
@@ -177,65 +161,13 @@ fn fulfil_wish(job: &Arc<Job>) -> bool {
     }
 }
 
-/// The simplest `auto`: background, write-blocking once a full pass is done and the dirty count no longer falls, and back
-/// when guests have become quiet. Also ends the rest that a stalled target was given.
-fn converge(job: &Job, live: &Live, memory: &mut Convergence) {
-    if job.frozen.load(SeqCst) {
-        // Whether guests' writes go to the target now is the cutover's to say.
-        return;
-    }
-    let (mode, scanned, rested) = {
-        let state = job.state.lock();
-        let rested = state.stalled_at.is_none_or(|at| at.elapsed() >= STALL_REST);
-        (state.copy_mode, state.scanned, rested)
-    };
-    let synchronous = live.tracking.is_synchronous();
-    match mode {
-        CopyMode::Background => (),
-        CopyMode::WriteBlocking => {
-            if !synchronous && rested {
-                live.tracking.set_synchronous(true);
-            }
-        }
-        CopyMode::Auto if !synchronous => {
-            if memory.window.elapsed() < WINDOW {
-                return;
-            }
-            let dirty = live.map.dirty_bytes();
-            let falls = dirty < memory.dirty_then / 10 * 9;
-            let full_pass = scanned && job.counters.passes.load(Relaxed) > 0;
-            if full_pass && dirty > 0 && !falls && rested && !job.must_yield() {
-                log::info!("job {}: the copy does not gain on the guest: write-blocking from now on", job.id());
-                live.tracking.set_synchronous(true);
-                memory.quiet_since = Instant::now();
-            }
-            memory.dirty_then = dirty;
-            memory.window = Instant::now();
-        }
-        CopyMode::Auto => {
-            let (dirtied, synced) = live.tracking.traffic();
-            let traffic = dirtied + synced;
-            if traffic != memory.traffic_then || live.map.dirty_bytes() > 0 {
-                memory.traffic_then = traffic;
-                memory.quiet_since = Instant::now();
-            }
-            if memory.quiet_since.elapsed() >= QUIET {
-                log::info!("job {}: the guest is quiet: background again", job.id());
-                live.tracking.set_synchronous(false);
-                memory.dirty_then = u64::MAX;
-                memory.window = Instant::now();
-            }
-        }
-    }
-}
-
 /// Sleeps for a tick while there is work, else until somebody has some.
 fn sleep(job: &Job, live: &Live, retry_at: Option<Instant>) {
     let mut state = job.state.lock();
     if state.verdict.is_some() {
         return;
     }
-    let rests = state.stalled_at.is_some_and(|at| at.elapsed() < STALL_REST) && !live.tracking.is_synchronous();
+    let rests = state.stalled_at.is_some_and(|at| at.elapsed() < steer::REST) && !live.tracking.is_synchronous();
     let watches = state.copy_mode == CopyMode::Auto && live.tracking.is_synchronous();
     let copies = !state.is_paused() && (!state.ready || !live.map.is_in_sync());
     let wishes = matches!(state.wish, Wish::Finish | Wish::Finalize)

@@ -107,6 +107,17 @@ pub enum CancelMode {
     Soft,
 }
 
+/// What the pace of a copy is to follow, besides its speed limit.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pace {
+    /// The copy yields so that 99 of 100 reads and writes of guests take no longer, in the server.
+    #[serde(default)]
+    pub guest_first: Option<Duration>,
+    /// The lowest speed at which the mirror is ready by then; since the epoch.
+    #[serde(default)]
+    pub finish_by: Option<Duration>,
+}
+
 /// What a mirror is asked to do.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MirrorOptions {
@@ -136,6 +147,9 @@ pub struct MirrorOptions {
     pub granularity: Option<Granularity>,
     /// Bytes per second; 0 = no limit.
     pub speed_bytes_per_second: u64,
+    /// What the copy's pace is to follow besides.
+    #[serde(default)]
+    pub pace: Pace,
     /// Memory for copies in flight, in bytes.
     pub buffer_bytes: u64,
     /// On a read error of the source.
@@ -175,6 +189,7 @@ impl MirrorOptions {
             copy_mode: CopyMode::Auto,
             granularity: None,
             speed_bytes_per_second: 0,
+            pace: Pace::default(),
             buffer_bytes: 16 << 20,
             on_source_error: ErrorPolicy::Report,
             on_target_error: ErrorPolicy::Enospc,
@@ -249,6 +264,21 @@ pub struct JobInfo {
     pub eta_seconds: Option<u64>,
     /// Speed limit, bytes per second; 0 = none.
     pub speed: u64,
+    /// The limit that the job has set itself for [`Pace`], bytes per second; 0 = none.
+    #[serde(default)]
+    pub own_speed: u64,
+    /// See [`Pace::guest_first`]; microseconds.
+    #[serde(default)]
+    pub guest_first_us: Option<u64>,
+    /// 99 of 100 reads and writes of guests took no longer, when last looked at; microseconds. Known with [`Pace::guest_first`].
+    #[serde(default)]
+    pub guest_p99_us: Option<u64>,
+    /// See [`Pace::finish_by`]; RFC 3339.
+    #[serde(default)]
+    pub finish_by: Option<String>,
+    /// Whether it will be ready by then; `None`: not known yet.
+    #[serde(default)]
+    pub in_time: Option<bool>,
     /// Whether an error stopped it.
     pub io_status: IoStatus,
     /// The last error of either image, kept.
@@ -300,6 +330,9 @@ pub struct LastMirror {
     pub error: Option<String>,
     /// How long guest writes waited at the cutover, in milliseconds.
     pub pause_ms: Option<f64>,
+    /// What was predicted for that, in milliseconds.
+    #[serde(default)]
+    pub predicted_pause_ms: Option<f64>,
     /// When it ended, RFC 3339.
     pub ended: String,
 }

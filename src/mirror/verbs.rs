@@ -4,7 +4,8 @@ use crate::sync::atomic::Ordering::SeqCst;
 
 use super::job::{Job, State, Verdict, Wish};
 use super::states::check_verb;
-use super::types::{CancelMode, CopyMode, IoStatus, JobStatus, JobVerb, LastMirror};
+use super::steer::Steered;
+use super::types::{CancelMode, CopyMode, IoStatus, JobStatus, JobVerb, LastMirror, Pace};
 use crate::error::{Error, ErrorKind, Result};
 
 impl Job {
@@ -165,6 +166,21 @@ impl Job {
     pub fn set_speed(&self, bytes_per_second: u64) -> Result<()> {
         self.check(JobVerb::SetSpeed)?;
         self.pacer.set_speed(bytes_per_second);
+        Ok(())
+    }
+
+    /// Changes what the pace follows; acted on by the supervisor.
+    ///
+    /// # Errors
+    /// Not allowed now.
+    pub fn change_pace(&self, change: impl FnOnce(&mut Pace)) -> Result<()> {
+        self.check(JobVerb::SetSpeed)?;
+        {
+            let mut state = self.state.lock();
+            change(&mut state.pace);
+            state.steered = Steered::default();
+        }
+        self.wake();
         Ok(())
     }
 

@@ -1,5 +1,7 @@
 //! The mount behind the control socket: its volumes, its jobs, its end.
 
+use std::time::Duration;
+
 use super::config::{Layout, MountConfig};
 use super::departure::Departure;
 use super::heartbeat::Heartbeat;
@@ -15,7 +17,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::mirror::cutover::{Cutovers, Ending};
 use crate::mirror::events::EventHub;
 use crate::mirror::job::Job;
-use crate::mirror::types::{CancelMode, CopyMode, JobEvent, JobInfo, MirrorOptions};
+use crate::mirror::types::{CancelMode, CopyMode, JobEvent, JobInfo, MirrorOptions, Pace};
 use crate::mirror::verify::{self, Verified};
 use crate::state::MirrorRecord;
 use crate::sync::{Arc, Mutex};
@@ -180,12 +182,13 @@ impl Server {
 
     fn cut_over(&self, jobs: &[Arc<Job>], request: &CutoverRequest) -> Result<Vec<CutoverReport>> {
         let old: Vec<String> = jobs.iter().map(|job| job.volume().active().name().to_owned()).collect();
-        let pause_ms = self.cutovers.attempt(jobs, Ending::Switch, request.max_pause, request.patience)?;
+        let pause = self.cutovers.attempt(jobs, Ending::Switch, request.max_pause, request.patience)?;
         let reports = jobs.iter().zip(old).map(|(job, superseded)| CutoverReport {
             device: job.volume().name().to_owned(),
             active: job.volume().active().name().to_owned(),
             superseded,
-            pause_ms,
+            pause_ms: pause.took_ms,
+            predicted_pause_ms: pause.predicted_ms,
         });
         let reports = reports.collect();
         for job in jobs {
@@ -306,6 +309,15 @@ impl Backend for Server {
     fn set_speed(&self, job_id: &str, bytes_per_second: u64) -> Result<()> {
         let tell = |job: &Job| job.set_speed(bytes_per_second);
         self.tell(job_id, tell, |record| record.options.speed_bytes_per_second = bytes_per_second)
+    }
+
+    fn set_pace(&self, job_id: &str, guest_first: Option<Duration>, finish_by: Option<Duration>) -> Result<()> {
+        let change = |pace: &mut Pace| {
+            pace.guest_first =
+                guest_first.map_or(pace.guest_first, |bound| Some(bound).filter(|bound| !bound.is_zero()));
+            pace.finish_by = finish_by.map_or(pace.finish_by, |time| Some(time).filter(|time| !time.is_zero()));
+        };
+        self.tell(job_id, |job| job.change_pace(change), |record| change(&mut record.options.pace))
     }
 
     fn set_copy_mode(&self, job_id: &str, mode: CopyMode) -> Result<()> {

@@ -209,6 +209,7 @@ impl Server {
             consistent: false,
             error: None,
             pause_ms: None,
+            predicted_pause_ms: None,
             ended: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
         };
         self.ledger.mirror_ended(left.volume.name(), &outcome);
@@ -259,6 +260,7 @@ fn take_wishes(job: &Job, before: &MirrorRecord, now: &MirrorRecord) {
         (now.paused && !before.paused).then(|| job.pause()),
         (before.paused && !now.paused).then(|| job.resume()),
         (is.speed_bytes_per_second != was.speed_bytes_per_second).then(|| job.set_speed(is.speed_bytes_per_second)),
+        (is.pace != was.pace).then(|| job.change_pace(|pace| *pace = is.pace.clone())),
         (is.copy_mode != was.copy_mode).then(|| job.set_copy_mode(is.copy_mode)),
     ];
     for error in told.into_iter().flatten().filter_map(Result::err) {

@@ -12,6 +12,7 @@ use crate::error::Error;
 use crate::error::Result;
 use crate::image::{CacheMode, Format, Identity};
 use crate::mirror::types::{IoStatus, JobInfo, JobStatus, LastMirror, MirrorOptions, MirrorResult, SyncMode};
+use crate::mirror::{micros, rfc3339};
 use crate::range::Granularity;
 use crate::sync::SystemTime;
 use crate::volume::ShownAttributes;
@@ -139,6 +140,11 @@ impl MirrorRecord {
             drain_bytes_per_second: 0,
             eta_seconds: None,
             speed: options.speed_bytes_per_second,
+            own_speed: 0,
+            guest_first_us: options.pace.guest_first.map(micros),
+            guest_p99_us: None,
+            finish_by: options.pace.finish_by.map(rfc3339),
+            in_time: None,
             io_status: if last_error.is_some() { IoStatus::Failed } else { IoStatus::Ok },
             last_error,
             paused: true,
@@ -204,6 +210,7 @@ impl VolumeState {
             consistent: whole && matches!(result, MirrorResult::Completed | MirrorResult::Finished),
             error: None,
             pause_ms: None,
+            predicted_pause_ms: None,
             ended: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
         });
     }

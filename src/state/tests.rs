@@ -38,6 +38,7 @@ fn state() -> MountState {
             consistent: false,
             error: None,
             pause_ms: Some(1.5),
+            predicted_pause_ms: Some(2.5),
             ended: "2026-01-01T00:00:00Z".into(),
         }),
         mirror_target: None,

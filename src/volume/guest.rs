@@ -13,6 +13,7 @@ impl Volume {
     /// # Errors
     /// The active image's.
     pub fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<usize> {
+        let _timed = self.request_times.start();
         loop {
             let size = self.size_bytes();
             let range = ByteRange::new(offset, buffer.len() as u64).intersect(ByteRange::new(0, size));
@@ -39,6 +40,7 @@ impl Volume {
     /// The active image's; ENOSPC for a write wholly past the end of a disk that does not grow, as a block device answers.
     pub fn write(&self, offset: u64, data: &[u8], durable: bool) -> Result<usize> {
         self.refuse_read_only()?;
+        let _timed = self.request_times.start();
         let passage = self.barrier.enter();
         let end = offset.saturating_add(data.len() as u64);
         if end > self.size_bytes() && self.options.growable {

@@ -16,6 +16,7 @@
 mod attributes;
 pub mod barrier;
 mod guest;
+pub mod request_times;
 pub mod target;
 pub mod target_queue;
 #[cfg(test)]
@@ -28,6 +29,7 @@ use arc_swap::{ArcSwap, ArcSwapOption};
 
 pub use self::attributes::{AttributeChange, DiskAttributes, ShownAttributes};
 use self::barrier::{Barrier, Raised};
+use self::request_times::RequestTimes;
 use self::target::Target;
 use self::tracking::Tracking;
 use self::twin::Twin;
@@ -83,6 +85,7 @@ pub struct Volume {
     shown_changed: OnceLock<ShownListener>,
     read_bytes: AtomicU64,
     written_bytes: AtomicU64,
+    request_times: Arc<RequestTimes>,
     /// A flush of the active image has failed: a later one that succeeds proves nothing about what was written before.
     flush_failed: AtomicBool,
     /// A failed flush that no guest asked for: Linux reports it once, and a guest's next flush must hear of it (rule 7).
@@ -160,6 +163,7 @@ impl Volume {
             resizing: Mutex::new(()),
             read_bytes: AtomicU64::new(0),
             written_bytes: AtomicU64::new(0),
+            request_times: Arc::default(),
             flush_failed: AtomicBool::new(false),
             owed: Mutex::new(None),
         }
@@ -213,6 +217,11 @@ impl Volume {
     /// Bytes that guests read and wrote since the start.
     pub fn traffic(&self) -> (u64, u64) {
         (self.read_bytes.load(Relaxed), self.written_bytes.load(Relaxed))
+    }
+
+    /// How long guests' requests take, for whoever watches.
+    pub fn request_times(&self) -> &Arc<RequestTimes> {
+        &self.request_times
     }
 
     /// Counts on from what a server before this one had counted.

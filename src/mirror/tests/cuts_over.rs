@@ -199,7 +199,7 @@ struct Undecided {
 
 impl Undecided {
     /// A cutover that stays undecided until `meanwhile` has been done.
-    fn during(meanwhile: impl FnOnce(&Self)) -> (Self, Result<f64>) {
+    fn during(meanwhile: impl FnOnce(&Self)) -> (Self, Result<Pause>) {
         let world = World::new();
         let source = FaultyImage::new(disk(4));
         let volume = volume("disk", source.clone());

@@ -10,7 +10,7 @@ mod verifies;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
-use super::cutover::{CommitFailure, Committer, Cutovers, Ending, PreparedRecord, Switch};
+use super::cutover::{CommitFailure, Committer, Cutovers, Ending, Pause, PreparedRecord, Switch};
 use super::events::EventHub;
 use super::job::{Job, JobObserver};
 use super::types::{JobEvent, JobStatus, LastMirror, MirrorOptions};
@@ -156,7 +156,7 @@ impl World {
     pub(super) fn end(&self, jobs: &[Arc<Job>], ending: Ending) -> f64 {
         loop {
             match self.cutovers.attempt(jobs, ending, Duration::from_secs(5), Duration::from_millis(200)) {
-                Ok(pause_ms) => return pause_ms,
+                Ok(pause) => return pause.took_ms,
                 Err(error) => assert_eq!(error.kind(), ErrorKind::NotNow, "{error}"),
             }
         }

@@ -2,7 +2,7 @@
 # What the mounted disk and its mirror cost, side by side with the plain file, with cp, dd and qemu-img, with qemu-storage-daemon, and with
 # a null volume (the most that the kernel's FUSE path gives), by public tools only. Prints Markdown for RESULTS.md, writes two charts.
 #
-#   benches/side_by_side.sh [--quick] [SECTION...]        all of them, unless some are named
+#   benches/side_by_side.sh [--quick] [--no-install] [SECTION...]        all of them, unless some are named
 #
 #   guest-memory, guest-disk (guest: both)      fio on all of these in turns; in memory, and on a disk with O_DIRECT
 #   mirror-memory, mirror-disk (mirror: both)   a mirror without load, to the best of cp, dd and qemu-img convert
@@ -13,12 +13,13 @@
 #   charts     guest latency during a mirror and a cutover; dirty bytes under load
 #
 # Everything is measured in turns, round by round, so that noise hits all alike: tables show medians, and medians of the rounds' ratios.
-# --quick: everything small and once, to see that it works. As root it installs fio, QEMU's tools and xfsprogs where they are missing.
+# --quick: everything small and once, to see that it works. As root it installs fio, QEMU's tools and xfsprogs where they are missing
+# (--no-install: it says only what is missing).
 # Environment:
 #   LIVEMIRROR    the program (target/release/livemirror)      NULL_VOLUME  the null volume (target/release/examples/null_volume);
 #                 these two are built where they are not there, unless another place was named
 #   DIR_MEMORY    a directory on tmpfs (/dev/shm)              DIR_DISK     one on a disk (/var/tmp)
-#   ROUNDS        rounds of each table (5)                     SECONDS_EACH length of a fio run (1)
+#   ROUNDS        rounds of each table (5)                     SECONDS_EACH length of a fio run (0.7)
 #   GUEST_MIB     disk of the guest sections (512)             MIRROR_MIB   data of the mirror sections (1024)
 #   ROWS          guest rows to run, a pattern (.)             SUBJECTS     guest columns to run, a pattern (.)
 #   PACE          speed of the paced mirror (100M)             ENGINE       fio's engine at depths above 1 (libaio)
@@ -35,10 +36,11 @@ usage() {
     exit 2
 }
 
-quick='' chosen=()
+quick='' install=1 chosen=()
 for argument in "$@"; do
     case $argument in
         --quick) quick=1 ;;
+        --no-install) install='' ;;
         guest | mirror) chosen+=("$argument-memory" "$argument-disk") ;;
         -*) usage ;;
         *)

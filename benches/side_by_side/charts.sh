@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Two charts: what a guest waits during a mirror and a cutover, and how much is dirty while a guest writes. Sourced by ../side_by_side.sh.
-# shellcheck disable=SC2154 # settings of lib.sh; work of disks.sh; load of ready.sh; qemu_line of qemu.sh
+# shellcheck disable=SC2154 # settings of lib.sh; work of disks.sh; what ready.sh and qemu.sh set
 
 section_charts() {
     mkdir -p "$CHARTS"
@@ -29,8 +29,8 @@ chart_latency() {
     random_file "$work/disk.img" "$MIRROR_MIB"
     mount_disks "$work" mnt '' "$work/disk.img"
     local disk=$work/mnt/disk.img
-    start_load latency 120 --filename="$disk" --direct=1 --ioengine="$ENGINE" --iodepth=8 --rate_iops=$rate \
-        --write_lat_log="$work/latency" --log_avg_msec=0
+    start_load --filename="$disk" --direct=1 --ioengine="$ENGINE" --iodepth=8 --rate_iops=$rate --write_lat_log="$work/load" \
+        --disable_clat=1 --disable_slat=1
     begun=$(milliseconds)
     sleep "$calm"
     mirrored=$(milliseconds)
@@ -44,7 +44,7 @@ chart_latency() {
     stop_load
     pause=$(printf '%.2f' "$(status_field "$disk" pause_ms)")
     # The log is in the order in which requests were answered, nearly: by buckets of 50 ms, and in each by latency.
-    awk -F '[, ]+' -v from="$begun" '$1 >= from { print int(($1 - from) / 50), $2 / 1000 }' "$work"/latency_lat.*.log |
+    awk -F '[, ]+' -v from="$begun" '$1 >= from { print int(($1 - from) / 50), $2 / 1000 }' "$work"/load_lat.*.log |
         sort -k1,1n -k2,2n |
         awk '
             function bucket_ends() {
@@ -80,30 +80,28 @@ latency_row() {
 
 # How much is left to copy, from the mirror's start on, while fio writes 4 KiB at random at full speed.
 chart_dirty() {
-    local mode limit=8 events='' qemu='' from now ready
+    local mode limit=8 events='' qemu='' from now ready guest
     [[ -z $quick ]] || limit=2
     random_file "$work/disk.img" "$MIRROR_MIB"
     mount_disks "$work" mnt '' "$work/disk.img"
     : > "$work/points"
     for mode in auto background; do
-        start_load dirty 120 --filename="$work/mnt/disk.img" --direct=1 --ioengine="$ENGINE"
+        start_counted_load --filename="$work/mnt/disk.img" --direct=1 --ioengine="$ENGINE"
         dirty_series "$mode" "$limit"
         stop_load
         dirty_row "livemirror, $mode"
         limited "$LIVEMIRROR" cancel "$work/mnt/disk.img" > /dev/null || die "the mirror cannot be cancelled"
     done
-    if have qemu-storage-daemon && fio --enghelp | grep -qw nbd; then
+    if [[ -z $(no_qemu_guest) ]]; then
         qemu="; QEMU's guest comes over NBD"
         random_file "$work/qemu.img" "$MIRROR_MIB"
-        local options
-        mapfile -t options < <(qemu_file source "$work/qemu.img")
-        qemu_start "${options[@]}" --nbd-server "addr.type=unix,addr.path=$work/nbd,max-connections=4" \
-            --export type=nbd,id=export,node-name=source,name=disk,writable=on
-        start_load dirty 120 --ioengine=nbd --uri="nbd+unix:///disk?socket=$work/nbd"
+        mapfile -t guest < <(qemu_guest)
+        prepare_qemu
+        start_counted_load "${guest[@]}"
         qemu_dirty_series "QEMU $(qemu_version), background" "$limit"
         stop_load
         dirty_row "QEMU, background"
-        qemu_stop
+        end_qemu
     fi
     chart dirty_bytes.svg "What is left to copy under load" \
         "4 KiB random writes at depth 32, full speed, on a disk of $MIRROR_MIB MiB on tmpfs$qemu" \
@@ -116,7 +114,7 @@ chart_dirty() {
 
 # dirty_row NAME: of the series whose points were written last, from $from to $now; the load has ended and left its log.
 dirty_row() {
-    printf '| %s | %s | %s | %.1f |\n' "$1" "$(load_figure dirty "$from" "$now")" "${ready:-not within $limit}" \
+    printf '| %s | %s | %s | %.1f |\n' "$1" "$(counted "$from" "$now")" "${ready:-not within $limit}" \
         "$(tail -n 1 "$work/points" | cut -f 3)" >> "$work/rows"
 }
 
@@ -158,5 +156,4 @@ qemu_dirty_series() {
         fi
         sleep 0.03
     done
-    qemu_mirror_end "$work/copy.img"
 }

@@ -13,7 +13,10 @@ make_places() {
     work_disk=$(mktemp -d "$DIR_DISK/livemirror-bench-XXXXXX") || die "DIR_DISK: no directory can be made in $DIR_DISK"
 }
 
-unmount_fuse() { umount "$1" 2> /dev/null || fusermount3 -u "$1"; }
+# Asks the kernel's table, not the mount: what serves it may be dead.
+is_mounted() { grep -qF " $1 " /proc/self/mountinfo; }
+
+unmount_fuse() { umount "$1" 2> /dev/null || fusermount3 -u "$1" 2> /dev/null || umount -l "$1"; }
 
 end_mount() {
     case $1 in
@@ -32,13 +35,19 @@ clear_section() {
     for at in "${!processes[@]}"; do end_process "${processes[at]}"; done
     for ((at = ${#mounts[@]} - 1; at >= 0; at--)); do
         # shellcheck disable=SC2086 # a kind and a path
-        if mountpoint -q "${mounts[at]#* }"; then end_mount ${mounts[at]} || note "still mounted: ${mounts[at]}"; fi
+        if is_mounted "${mounts[at]#* }"; then end_mount ${mounts[at]} || note "still mounted: ${mounts[at]}"; fi
     done
     processes=() mounts=()
     rm -rf --one-file-system "${work:?}"/* "${work_disk:?}"/*
 }
 
-# end_process PID: only ours. A FUSE server of QEMU unmounts itself.
+forget_process() {
+    local process kept=()
+    for process in "${processes[@]}"; do [[ $process == "$1" ]] || kept+=("$process"); done
+    processes=("${kept[@]}")
+}
+
+# end_process PID: only ours.
 end_process() {
     kill -TERM "$1" 2> /dev/null || return 0
     for _ in $(seq 200); do
@@ -70,6 +79,8 @@ spread_file() {
     done
 }
 
+file_system_of() { df --output=fstype "$1" | tail -n 1; }
+
 forget_cache() { dd if=/dev/null of="$1" oflag=nocache conv=notrunc,fdatasync count=0 status=none 2> /dev/null || true; }
 
 # mount_disks PLACE NAME OPTIONS SOURCE...: the disks are in PLACE/NAME; its log, state, pid and socket lie beside it.
@@ -89,13 +100,13 @@ mount_null() {
     : > "$1"
     mounts+=("fuse $1")
     "$NULL_VOLUME" "$1" "$2" >&2 &
-    wait_until mountpoint -q "$1"
+    wait_until is_mounted "$1"
 }
 
 # wait_until COMMAND...: asks again and again, for a minute.
 wait_until() {
     for _ in $(seq 3000); do
-        ! "$@" 2> /dev/null || return 0
+        ! "$@" || return 0
         sleep 0.02
     done
     die "waited in vain for: $*"
@@ -103,7 +114,7 @@ wait_until() {
 
 # status_field DISK FIELD: a number or word of its mirror or volume, from `status --json`; empty if there is none.
 status_field() {
-    limited "$LIVEMIRROR" status "$1" --json | sed -n "s/^ *\"$2\": *\"\{0,1\}\([^\",]*\)\"\{0,1\},\{0,1\}\$/\1/p" | sed -n 1p
+    limited "$LIVEMIRROR" status "$1" --json 2> /dev/null | sed -n "s/^ *\"$2\": *\"\{0,1\}\([^\",]*\)\"\{0,1\},\{0,1\}\$/\1/p" | sed -n 1p
 }
 is_ready() { [[ $(status_field "$1" ready) == true ]]; }
 
@@ -138,6 +149,6 @@ stop_mirroring() {
         sleep 0.02
     done
     wait "$mirroring" || true
-    processes=("${processes[@]/$mirroring/}")
+    forget_process "$mirroring"
     [[ ! -e $work/failed ]] || die "the mirror failed: $(sed -n 1p "$work/failed")"
 }

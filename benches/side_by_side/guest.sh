@@ -49,61 +49,72 @@ guest_measure() { # ROW SUBJECT ROUND FILE RW BS DEPTH
 
 guest_subjects='plain=plain file;null=null volume;idle=livemirror idle;mirroring=while mirroring;paced=while mirroring, paced;qemu=QEMU FUSE export'
 
+is_wanted() { [[ $1 =~ $SUBJECTS ]]; }
+
+# The null volume is $place/null then; 1 if it is not there.
+guest_null() {
+    if [[ ! -x $NULL_VOLUME ]]; then
+        absent+='null=not built;'
+        note "not built: $NULL_VOLUME (cargo build --release --example null_volume)"
+        return 1
+    fi
+    mount_null "$place/null" "$GUEST_MIB"
+}
+
+# QEMU's export is $place/qemu.disk then; 1 if there is no qemu-storage-daemon.
+guest_qemu() { # [direct]
+    local options
+    if ! have qemu-storage-daemon; then
+        absent+='qemu=not installed;'
+        return 1
+    fi
+    random_file "$place/qemu.img" "$GUEST_MIB"
+    : > "$place/qemu.disk"
+    mapfile -t options < <(qemu_file disk "$place/qemu.img" "${1-}")
+    mounts+=("fuse $place/qemu.disk")
+    qemu_start "${options[@]}" --export "type=fuse,id=export,node-name=disk,mountpoint=$place/qemu.disk,writable=on"
+    wait_until is_mounted "$place/qemu.disk"
+}
+
 # guest_table PLACE TARGET OPTIONS [direct]
 guest_table() {
-    local place=$1 target=$2 options=$3 direct=${4-} absent='' subject file names=() round name rw bs depth
+    local place=$1 target=$2 direct=${4-} absent='' subject subjects=() round name rw bs depth
+    local -A file=([plain]=$1/plain.img [null]=$1/null [qemu]=$1/qemu.disk)
     for name in plain disk; do random_file "$place/$name.img" "$GUEST_MIB"; done
-    mount_disks "$place" mnt "$options" "$place/disk.img"
+    mount_disks "$place" mnt "$3" "$place/disk.img"
     local disk=$place/mnt/disk.img
     for subject in plain null idle mirroring paced qemu; do
-        [[ ! $subject =~ $SUBJECTS ]] || names+=("$subject")
+        is_wanted "$subject" || continue
+        case $subject in
+            null) guest_null || continue ;;
+            qemu) guest_qemu "$direct" || continue ;;
+        esac
+        subjects+=("$subject")
     done
-    if [[ " ${names[*]} " == *" null "* ]] && ! mount_null "$place/null" "$GUEST_MIB"; then
-        absent+='null=not built;'
-        names=("${names[@]/null/}")
-    fi
-    if [[ " ${names[*]} " == *" qemu "* ]]; then
-        if have qemu-storage-daemon; then
-            random_file "$place/qemu.img" "$GUEST_MIB"
-            : > "$place/qemu.disk"
-            local qemu_options
-            mapfile -t qemu_options < <(qemu_file disk "$place/qemu.img" "$direct")
-            qemu_start "${qemu_options[@]}" --export "type=fuse,id=export,node-name=disk,mountpoint=$place/qemu.disk,writable=on"
-            wait_until mountpoint -q "$place/qemu.disk"
-        else
-            absent+='qemu=not installed;'
-            names=("${names[@]/qemu/}")
-        fi
-    fi
     new_table
     : > "$work/latencies"
     for ((round = 1; round <= ROUNDS; round++)); do
         while read -r name rw bs depth; do
             [[ $name =~ $ROWS ]] || continue
-            # shellcheck disable=SC2068 # those that are left out are empty
-            for subject in ${names[@]}; do
-                case $subject in
-                    plain) file=$place/plain.img ;;
-                    null) file=$place/null ;;
-                    qemu) file=$place/qemu.disk ;;
-                    *) file=$disk ;;
-                esac
+            for subject in "${subjects[@]}"; do
+                [[ $subject != paced || $name =~ 4k-d32|1M-d4 ]] || continue
                 case $subject in
                     mirroring) start_mirroring "$disk" "$target" ;;
                     paced) start_mirroring "$disk" "$target" --speed "$PACE" ;;
                 esac
-                guest_measure "$name" "$subject" "$round" "$file" "$rw" "$bs" "$depth"
+                guest_measure "$name" "$subject" "$round" "${file[$subject]:-$disk}" "$rw" "$bs" "$depth"
                 [[ $subject != mirroring && $subject != paced ]] || stop_mirroring "$disk"
             done
         done < <(guest_jobs)
     done
-    [[ " ${names[*]} " != *" qemu "* ]] || qemu_stop
+    [[ " ${subjects[*]} " != *" qemu "* ]] || qemu_stop
     say
     table "fio, direct=1" "$guest_subjects" base=plain "absent=$absent" \
         'compare=mirroring/idle=mirroring to idle;paced/idle=paced to idle;idle/null=idle to null;idle/qemu=idle to QEMU'
     say
     say "4k: requests per second, 1M: MiB per second; in brackets the ratio to the plain file. While mirroring: a mirror at full speed" \
         "that starts anew when it is ready, or paced at $PACE a second. Depth 1 with psync, deeper with $ENGINE."
+    [[ -s $work/latencies ]] || return 0
     say
     mv "$work/latencies" "$work/figures"
     table "p50 latency at depth 1, µs" "$guest_subjects" base=plain mode=added "absent=$absent"
@@ -119,6 +130,6 @@ section_guest_memory() {
 
 section_guest_disk() {
     say
-    say "## Guest, on a disk with O_DIRECT ($GUEST_MIB MiB on $(stat -f -c %T "$work_disk"), target on tmpfs)"
+    say "## Guest, on a disk with O_DIRECT ($GUEST_MIB MiB on $(file_system_of "$work_disk"), target on tmpfs)"
     guest_table "$work_disk" "$work/target.img" '-o cache=none' direct
 }

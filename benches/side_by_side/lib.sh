@@ -5,7 +5,7 @@
 if [[ -n $quick ]]; then
     : "${ROUNDS:=1}" "${SECONDS_EACH:=0.3}" "${GUEST_MIB:=32}" "${MIRROR_MIB:=64}" "${PACE:=4M}"
 else
-    : "${ROUNDS:=5}" "${SECONDS_EACH:=1}" "${GUEST_MIB:=512}" "${MIRROR_MIB:=1024}" "${PACE:=100M}"
+    : "${ROUNDS:=5}" "${SECONDS_EACH:=0.7}" "${GUEST_MIB:=512}" "${MIRROR_MIB:=1024}" "${PACE:=100M}"
 fi
 : "${ROWS:=.}" "${SUBJECTS:=.}" "${ENGINE:=libaio}"
 : "${DIR_MEMORY:=/dev/shm}" "${DIR_DISK:=/var/tmp}" "${CHARTS:=$root/benches/charts}"

@@ -51,7 +51,7 @@ mirror_table() {
         mirror_seconds "$place/mnt/disk.img" "$place/target.img" --no-reflink
         record "$row" mirror "$round" "$taken"
         if [[ -n $qemu ]]; then
-            qemu_mirror source "$place/copy.img" $((MIRROR_MIB << 20)) background 300 "$direct"
+            qemu_mirror source "$place/copy.img" $((MIRROR_MIB << 20)) "$direct"
             record "$row" qemu "$round" "$taken"
         fi
     done
@@ -72,7 +72,7 @@ section_mirror_memory() {
 
 section_mirror_disk() {
     say
-    say "## Mirror without load, on one disk with O_DIRECT ($(stat -f -c %T "$work_disk"))"
+    say "## Mirror without load, on one disk with O_DIRECT ($(file_system_of "$work_disk"))"
     mirror_table "$work_disk" '-o cache=none' direct
 }
 
@@ -103,7 +103,7 @@ section_sparse() {
         qemu_start "${options[@]}"
         for ((round = 1; round <= ROUNDS; round++)); do
             for subject in full sparse; do
-                qemu_mirror "$subject" "$work/copy.img" "$(stat -c %s "$work/$subject.img")" background 300
+                qemu_mirror "$subject" "$work/copy.img" "$(stat -c %s "$work/$subject.img")"
                 record "${row[$subject]}" qemu "$round" "$taken"
             done
         done
@@ -181,6 +181,6 @@ section_reflink() {
 qemu_free_mirror() {
     end_mount livemirror "$work/mnt"
     qemu_source "$1/disk.img" || return 1
-    qemu_mirror source "$1/copy.img" $(($2 << 20)) background 300
+    qemu_mirror source "$1/copy.img" $(($2 << 20))
     qemu_stop
 }

@@ -52,7 +52,9 @@ impl NullVolume {
 impl Filesystem for NullVolume {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
         let refused = |_| io::Error::other("the kernel's FUSE is too old");
-        config.add_capabilities(InitFlags::FUSE_ASYNC_DIO).map_err(|_| io::Error::other("no asynchronous direct I/O"))?;
+        config
+            .add_capabilities(InitFlags::FUSE_ASYNC_DIO)
+            .map_err(|_| io::Error::other("no asynchronous direct I/O"))?;
         config.set_max_write(MAX_TRANSFER_BYTES).map_err(refused)?;
         config.set_max_background(MAX_BACKGROUND).map_err(|_| io::Error::other("no queue"))?;
         Ok(())

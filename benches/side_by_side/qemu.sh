@@ -24,7 +24,7 @@ qemu_stop() {
     qemu_do '{"execute":"quit"}' || true
     exec {qemu_out}<&- {qemu_in}>&-
     wait "$qemu_pid" || true
-    processes=("${processes[@]/$qemu_pid/}")
+    forget_process "$qemu_pid"
 }
 
 # qemu_until PATTERN SECONDS: reads its output up to a line with PATTERN, which is in $qemu_line then; fails at an error, at its end and
@@ -73,13 +73,11 @@ qemu_mirror_end() {
     rm -f "$1"
 }
 
-# qemu_mirror NODE TARGET BYTES MODE LIMIT [direct]: as `livemirror mirror --wait` and a cancel do it: the seconds until it is ready are in
-# $taken, and "true" in $became_ready; after LIMIT seconds it is given up.
+# qemu_mirror NODE TARGET BYTES [direct]: as `livemirror mirror --wait` and a cancel do it: the seconds until it is ready are in $taken.
 qemu_mirror() {
     local start=$EPOCHREALTIME
-    qemu_mirror_start "$1" "$2" "$3" "$4" "${6-}"
-    became_ready=true
-    qemu_until BLOCK_JOB_READY "$5" || became_ready=false
+    qemu_mirror_start "$1" "$2" "$3" background "${4-}"
+    qemu_until BLOCK_JOB_READY 300 || die "the mirror of qemu-storage-daemon is not ready after five minutes"
     taken=$(difference "$start" "$EPOCHREALTIME")
     qemu_mirror_end "$2"
 }

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # The programs that are compared: installed and built where they are missing. Sourced by ../side_by_side.sh.
-# shellcheck disable=SC2154 # root: of side_by_side.sh
+# shellcheck disable=SC2154 # root, install, chosen: of side_by_side.sh
 
 # program:package that has it
 needed=(
@@ -19,7 +19,7 @@ install_tools() {
     local packages=() apt=(env DEBIAN_FRONTEND=noninteractive apt-get -q -o Dpkg::Use-Pty=0) log
     mapfile -t packages < <(missing_packages)
     ((${#packages[@]})) || return 0
-    if ((EUID != 0)) || ! have apt-get; then
+    if [[ -z $install ]] || ((EUID != 0)) || ! have apt-get; then
         note "not installed: ${packages[*]} (as root on Debian this script installs them)"
     else
         log=$(mktemp)
@@ -44,15 +44,13 @@ qemu_version() {
     fi
 }
 
-# What was not named is built; what was named must be there, but for the null volume.
+# What is not there is built, unless it was named. The null volume is for guests' sections, which can do without.
 build_programs() {
-    local build=()
-    [[ -n ${LIVEMIRROR-} ]] || build+=(--bin livemirror)
-    [[ -n ${NULL_VOLUME-} ]] || build+=(--example null_volume)
-    : "${LIVEMIRROR:=$root/target/release/livemirror}" "${NULL_VOLUME:=$root/target/release/examples/null_volume}"
-    if [[ ! -x $LIVEMIRROR || ! -x $NULL_VOLUME ]] && ((${#build[@]})) && have cargo; then
-        (cd "$root" && cargo build --release "${build[@]}" >&2)
-    fi
+    local build=() release=$root/target/release
+    [[ -n ${LIVEMIRROR-} || -x $release/livemirror ]] || build+=(--bin livemirror)
+    [[ -n ${NULL_VOLUME-} || -x $release/examples/null_volume || " ${chosen[*]}" != *" guest-"* || ! null =~ $SUBJECTS ]] ||
+        build+=(--example null_volume)
+    if ((${#build[@]})) && have cargo; then (cd "$root" && cargo build --release "${build[@]}" >&2); fi
+    : "${LIVEMIRROR:=$release/livemirror}" "${NULL_VOLUME:=$release/examples/null_volume}"
     [[ -x $LIVEMIRROR ]] || die "missing: $LIVEMIRROR (cargo build --release)"
-    [[ -x $NULL_VOLUME ]] || note "not built: $NULL_VOLUME (cargo build --release --example null_volume)"
 }

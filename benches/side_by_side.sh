@@ -25,6 +25,7 @@
 #   PACE          speed of the paced mirror (100M)             ENGINE       fio's engine at depths above 1 (libaio)
 #   CHARTS        where the charts go (benches/charts)
 set -euo pipefail
+export LC_ALL=C
 
 root=$(cd "$(dirname "$0")/.." && pwd)
 here=$root/benches/side_by_side

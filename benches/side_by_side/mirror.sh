@@ -153,34 +153,27 @@ section_reflink() {
     local xfs=$work_disk/xfs
     row="$mib MiB, s"
     plain_file "$xfs/disk.img" "$mib"
-    mount_disks "$work" mnt '' "$xfs/disk.img"
-    have qemu-img || absent='convert=not installed'
     new_table
     for ((round = 1; round <= ROUNDS; round++)); do
         seconds_of sh -c 'cp --reflink=always "$1" "$2" && sync -d "$2"' cp "$xfs/disk.img" "$xfs/copy.img" || die "cp --reflink fails"
         record "$row" cp "$round" "$taken"
         rm -f "$xfs/copy.img"
+        # A server of its own for each: what one has shared it counts as taken for as long as it lives.
+        mount_disks "$work" mnt '' "$xfs/disk.img"
         mirror_seconds "$work/mnt/disk.img" "$xfs/target.img"
         record "$row" mirror "$round" "$taken"
+        end_mount livemirror "$work/mnt"
     done
     # Copies all of it, so once is enough.
-    if have qemu-img; then
-        seconds_of sh -c 'qemu-img convert -U -f raw -O raw -W -m 16 "$1" "$2" && sync -d "$2"' convert "$xfs/disk.img" "$xfs/copy.img" ||
-            die "qemu-img convert fails"
-        record "$row" convert 1 "$taken"
-        rm -f "$xfs/copy.img"
+    if qemu_source "$xfs/disk.img"; then
+        qemu_mirror source "$xfs/copy.img" $((mib << 20))
+        qemu_stop
+        record "$row" qemu 1 "$taken"
+    else
+        absent='qemu=not installed'
     fi
-    if qemu_free_mirror "$xfs" "$mib"; then record "$row" qemu 1 "$taken"; else absent+=';qemu=not installed'; fi
-    table "" 'mirror=livemirror mirror;cp=cp --reflink=always;convert=qemu-img convert -W -m 16 (once);qemu=QEMU mirror (once)' \
+    table "" 'mirror=livemirror mirror;cp=cp --reflink=always;qemu=QEMU mirror (once)' \
         mode=speed "absent=$absent" 'compare=mirror/cp=speed of the mirror to cp;mirror/qemu=to QEMU'
     say
-    say "The two of QEMU copy the bytes; they share no blocks."
-}
-
-# QEMU's mirror of the disk, once it is not mounted any more.
-qemu_free_mirror() {
-    end_mount livemirror "$work/mnt"
-    qemu_source "$1/disk.img" || return 1
-    qemu_mirror source "$1/copy.img" $(($2 << 20))
-    qemu_stop
+    say "QEMU's mirror copies the bytes; it shares no blocks."
 }

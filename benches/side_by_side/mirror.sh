@@ -61,7 +61,7 @@ mirror_table() {
         mode=speed "absent=$absent" 'compare=mirror/best=speed of the mirror to the best;mirror/cp=to cp;mirror/qemu=to QEMU'
     say
     say "Until the target is durable; the mirror, the start of its command included, until it is ready. QEMU: blockdev-mirror, background," \
-        "of the same file without any export (QEMU mirrors no disk that it exports writable over FUSE), by a daemon that runs already."
+        "of the file that cp copies, without any export (QEMU mirrors no disk that it exports writable over FUSE), by a daemon that runs already."
 }
 
 section_mirror_memory() {

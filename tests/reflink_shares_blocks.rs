@@ -135,9 +135,13 @@ fn two_disks_do_not_share_more_than_there_is_room_for() {
     mounted.verb_on(&first, "mirror", words(&story.b, &["--wait"])).ok();
     mounted.verb_on(&second, "mirror", words(&small("d.img"), &["--wait"])).ok();
     assert_eq!((shared(0), shared(1)), (SIZE, 0));
-    for disk in [&first, &second] {
-        mounted.verb_on::<&str>(disk, "cancel", []).ok();
-    }
+    // A cancelled mirror removes its target, and what was promised for that is to be had again; not so for one that is kept.
+    mounted.verb_on(&second, "cancel", ["--keep"]).ok();
+    mounted.verb_on::<&str>(&first, "cancel", []).ok();
+    std::fs::remove_file(small("d.img")).expect("remove");
+    mounted.verb_on(&first, "mirror", words(&story.b, &["--wait"])).ok();
+    assert_eq!(shared(0), SIZE, "the room of a mirror that was cancelled is still promised");
+    mounted.verb_on::<&str>(&first, "cancel", []).ok();
     mounted.unmount();
     story.xfs.unmount();
 }

@@ -72,7 +72,9 @@ pub(super) fn conclude(job: &Arc<Job>, live: Live, verdict: Verdict) {
         log::error!("job {}: {hung} requests on {} {text}", job.id(), target.name());
     }
     if matches!(verdict, Verdict::Cancelled { keep: false }) && job.created_target {
-        remove(&*target);
+        if remove(&*target) {
+            job.sharing.target_is_gone();
+        }
     }
     if hung == 0 && !matches!(verdict, Verdict::Switched { .. }) {
         // Before anybody is told that it ended: who looks at the target then finds it as it stays.
@@ -122,17 +124,20 @@ fn wait_for_threads(job: &Job, deadline: Instant) -> usize {
     state.threads
 }
 
-/// Removes the file that was made for the job, if that is still what its path names.
-fn remove(target: &dyn Image) {
+/// Removes the file that was made for the job, if that is still what its path names. True: it is gone.
+fn remove(target: &dyn Image) -> bool {
     use std::os::unix::fs::MetadataExt;
-    let (Some(path), Ok(identity)) = (target.path(), target.identity()) else { return };
+    let (Some(path), Ok(identity)) = (target.path(), target.identity()) else { return false };
     let same = std::fs::symlink_metadata(&path)
         .is_ok_and(|found| (found.dev(), found.ino()) == (identity.device, identity.inode));
-    if same {
-        if let Err(error) = std::fs::remove_file(&path) {
-            log::warn!("cannot remove {}: {error}", path.display());
-        }
+    if !same {
+        return false;
     }
+    let removed = std::fs::remove_file(&path);
+    if let Err(error) = &removed {
+        log::warn!("cannot remove {}: {error}", path.display());
+    }
+    removed.is_ok()
 }
 
 fn outcome(job: &Job, verdict: &Verdict) -> LastMirror {

@@ -47,6 +47,7 @@ static PROMISED: StdMutex<BTreeMap<u64, u64>> = StdMutex::new(BTreeMap::new());
 struct Promise {
     device: u64,
     left_bytes: u64,
+    shared_bytes: u64,
 }
 
 impl Promise {
@@ -58,15 +59,31 @@ impl Promise {
             return None;
         }
         *all += bytes;
-        Some(Promise { device, left_bytes: bytes })
+        Some(Promise { device, left_bytes: bytes, shared_bytes: 0 })
+    }
+
+    fn shared(&mut self, bytes: u64) {
+        self.left_bytes = self.left_bytes.saturating_sub(bytes);
+        self.shared_bytes += bytes;
+    }
+
+    /// What has not been shared will not be.
+    fn give_back_rest(&mut self) {
+        let mut promised = PROMISED.lock().unwrap_or_else(PoisonError::into_inner);
+        let all = promised.entry(self.device).or_default();
+        *all = all.saturating_sub(std::mem::take(&mut self.left_bytes));
+    }
+
+    /// Nothing is shared any more.
+    fn give_back_all(&mut self) {
+        self.left_bytes += std::mem::take(&mut self.shared_bytes);
+        self.give_back_rest();
     }
 }
 
 impl Drop for Promise {
     fn drop(&mut self) {
-        let mut promised = PROMISED.lock().unwrap_or_else(PoisonError::into_inner);
-        let all = promised.entry(self.device).or_default();
-        *all = all.saturating_sub(self.left_bytes);
+        self.give_back_rest();
     }
 }
 
@@ -111,8 +128,17 @@ impl Sharing {
         (!is_off()).then_some(MyTurn(turn))
     }
 
+    /// The target was removed: what it shared is the source's alone.
+    pub(super) fn target_is_gone(&self) {
+        if let Some(promise) = &mut self.turn.lock().promise {
+            promise.give_back_all();
+        }
+    }
+
     fn end(&self, job: &Job, turn: &mut Turn, why: &str) {
-        turn.promise = None;
+        if let Some(promise) = &mut turn.promise {
+            promise.give_back_rest();
+        }
         if !self.off.swap(true, Relaxed) {
             log::info!("job {}: {why}: the blocks of the source are copied", job.id());
         }
@@ -161,7 +187,7 @@ pub(super) fn share(job: &Job, live: &Live, claim: &mut Claim, turn: &mut MyTurn
                 );
             }
             if let Some(promise) = &mut turn.promise {
-                promise.left_bytes = promise.left_bytes.saturating_sub(data_bytes);
+                promise.shared(data_bytes);
             }
             let took = begun.elapsed();
             let stride = match () {

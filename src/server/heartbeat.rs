@@ -1,6 +1,7 @@
 //! The pulse of a mount with an unfinished mirror: at most once a second and whenever counters are shown, and only while guests write or
 //! the mirror copies. It dates the death of a server (rule 11) and lets the counters go on after it: none ever falls below what was
-//! shown. A mount without a mirror has none: idle, it sleeps.
+//! shown. A mount without a mirror has none, and one whose mirrors are in step with guests that rest has none either: it sleeps until a
+//! guest writes.
 
 use std::time::Duration;
 
@@ -23,6 +24,8 @@ pub(super) struct Heartbeat {
 #[derive(Default)]
 struct State {
     ended: bool,
+    /// Something has begun.
+    woken: bool,
     /// There is a thread for it.
     lives: bool,
     /// One is being written.
@@ -33,9 +36,10 @@ struct State {
 }
 
 impl Heartbeat {
-    /// A mirror has begun.
+    /// A mirror has begun, or a guest has written after a rest.
     pub(super) fn wake(&self) {
-        let _state = self.state.lock();
+        let mut state = self.state.lock();
+        state.woken = true;
         self.changed.notify_all();
     }
 
@@ -68,7 +72,9 @@ impl Heartbeat {
         state.lives = true;
         while !state.ended {
             let asked = state.asked;
+            state.woken = false;
             let marking = server.volumes.iter().any(|volume| volume.is_marking());
+            let mut rests = false;
             if marking {
                 state.beats = true;
                 drop(state);
@@ -78,22 +84,33 @@ impl Heartbeat {
                         log::debug!("{error}");
                     }
                     last = now;
+                } else {
+                    rests = rests_for_now(server, &last);
                 }
                 state = self.state.lock();
                 state.beats = false;
             }
             state.answered = asked;
             self.changed.notify_all();
-            let next = marking.then(|| Instant::now() + EVERY);
+            let next = (marking && !rests).then(|| Instant::now() + EVERY);
             let mut in_time = true;
-            while in_time && !state.ended && state.asked == asked {
+            while in_time && !state.ended && !state.woken && state.asked == asked {
                 in_time = wait_until(&self.changed, &mut state, next);
-                if next.is_none() {
-                    break;
-                }
             }
         }
     }
+}
+
+/// True if nothing will be counted before a guest writes, of which [`Heartbeat::wake`] hears then: every mirror is ready and in step, and
+/// what was counted is what `last` says.
+fn rests_for_now(server: &Server, last: &Pulse) -> bool {
+    let marking = server.volumes.iter().filter(|volume| volume.is_marking());
+    let in_step = marking.clone().all(|volume| server.mirror_of(volume).is_some_and(|job| job.ready && job.in_sync));
+    if in_step {
+        marking.for_each(|volume| volume.tell_next_change());
+    }
+    // Looked at after that: a change that was too early to be told is seen here.
+    in_step && pulse(server).volumes == last.volumes
 }
 
 /// How far everything has counted now.

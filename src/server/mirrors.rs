@@ -122,6 +122,14 @@ impl Server {
     pub(super) fn go_on(self: &Arc<Self>) -> Result<()> {
         let failed = |error: std::io::Error| Error::io("cannot start a thread", &error);
         let server = self.clone();
+        for volume in &self.volumes {
+            let server = Arc::downgrade(self);
+            volume.on_change(move || {
+                if let Some(server) = server.upgrade() {
+                    server.heartbeat.wake();
+                }
+            });
+        }
         let beat = move || server.heartbeat.run(&server);
         thread::Builder::new().name("pulse".into()).spawn(beat).map_err(failed)?;
         for left in self.unfinished.lock().clone() {

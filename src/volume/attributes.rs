@@ -112,7 +112,7 @@ impl Volume {
 
     /// Has `listener` called after each change of what is to be kept in the state. The first one stays.
     pub fn on_shown_changed(&self, listener: impl Fn() + Send + Sync + 'static) {
-        let _ = self.shown_changed.set(super::ShownListener(Box::new(listener)));
+        let _ = self.shown_changed.set(super::Listener(Box::new(listener)));
     }
 
     /// What the guest changed, to be kept in the state.

@@ -24,7 +24,7 @@ mod tests;
 pub mod tracking;
 mod twin;
 
-use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use arc_swap::{ArcSwap, ArcSwapOption};
 
 pub use self::attributes::{AttributeChange, DiskAttributes, ShownAttributes};
@@ -82,7 +82,10 @@ pub struct Volume {
     /// A mirror is being started: the size it starts from must stay.
     size_pinned: AtomicBool,
     shown: Mutex<ShownAttributes>,
-    shown_changed: OnceLock<ShownListener>,
+    shown_changed: OnceLock<Listener>,
+    /// Somebody wants to hear of the next change.
+    told_next: AtomicBool,
+    changed: OnceLock<Listener>,
     read_bytes: AtomicU64,
     written_bytes: AtomicU64,
     request_times: Arc<RequestTimes>,
@@ -92,12 +95,12 @@ pub struct Volume {
     owed: Mutex<Option<Error>>,
 }
 
-/// Hears that a guest changed what the disk shows; called on the guest's thread, without locks held.
-struct ShownListener(Box<dyn Fn() + Send + Sync>);
+/// Hears that a guest changed something; called on the guest's thread, without locks held.
+struct Listener(Box<dyn Fn() + Send + Sync>);
 
-impl std::fmt::Debug for ShownListener {
+impl std::fmt::Debug for Listener {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("ShownListener")
+        f.write_str("Listener")
     }
 }
 
@@ -154,6 +157,8 @@ impl Volume {
             shown: Mutex::new(options.shown),
             size_pinned: AtomicBool::new(false),
             shown_changed: OnceLock::new(),
+            told_next: AtomicBool::new(false),
+            changed: OnceLock::new(),
             options,
             active: ArcSwap::from_pointee(ActiveImage(image)),
             twin: ArcSwapOption::empty(),
@@ -216,7 +221,18 @@ impl Volume {
 
     /// Bytes that guests read and wrote since the start.
     pub fn traffic(&self) -> (u64, u64) {
-        (self.read_bytes.load(Relaxed), self.written_bytes.load(Relaxed))
+        (self.read_bytes.load(Relaxed), self.written_bytes.load(SeqCst))
+    }
+
+    /// `listener` hears of changes, whenever it has asked for the next one. One for the life of the volume.
+    pub fn on_change(&self, listener: impl Fn() + Send + Sync + 'static) {
+        let _ = self.changed.set(Listener(Box::new(listener)));
+    }
+
+    /// The listener hears of the next change of the content, once, when it was counted in [`Volume::traffic`]. Whoever looks at that after
+    /// this call misses none.
+    pub fn tell_next_change(&self) {
+        self.told_next.store(true, SeqCst);
     }
 
     /// How long guests' requests take, for whoever watches.
@@ -325,7 +341,13 @@ impl Volume {
                 log::error!("{}: {error} while the cutover is undecided", self.name());
             }
         }
-        self.written_bytes.fetch_add(change.range().len(), Relaxed);
+        self.written_bytes.fetch_add(change.range().len(), SeqCst);
+        // A load but for the first one after a rest.
+        if self.told_next.load(SeqCst) && self.told_next.swap(false, SeqCst) {
+            if let Some(Listener(tell)) = self.changed.get() {
+                tell();
+            }
+        }
         result
     }
 

@@ -9,8 +9,9 @@ use super::units;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mirror::types::{IoStatus, JobInfo, JobStatus, LastMirror, MirrorResult};
 
-/// How often the server is asked.
+/// How often the server is asked, at the least; and at first, when what took a moment must not take longer for being waited for.
 const EVERY: Duration = Duration::from_millis(100);
+const EVERY_AT_FIRST: Duration = Duration::from_millis(5);
 
 /// How long a forecast is waited for.
 const FORECAST_PATIENCE: Duration = Duration::from_secs(5);
@@ -37,6 +38,7 @@ pub fn until_ready(
     deadline: Option<Instant>,
 ) -> Result<Waited> {
     let mut late_said = false;
+    let begun = Instant::now();
     loop {
         let now = mount.disk()?.status;
         let Some(job) = &now.mirror else { return Err(ended_early(disk, now.last_mirror.as_ref())) };
@@ -60,7 +62,7 @@ pub fn until_ready(
         if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
             return Err(Error::not_now("the mirror was not ready in time:").on(disk.status.disk.clone()));
         }
-        std::thread::sleep(EVERY);
+        std::thread::sleep((begun.elapsed() / 32).clamp(EVERY_AT_FIRST, EVERY));
     }
 }
 

@@ -121,7 +121,7 @@ impl Cutovers {
         }
         for (participant, barrier) in participants.iter().zip(&barriers) {
             match ending {
-                Ending::Switch => participant.job.volume.switch(barrier, participant.new_image()),
+                Ending::Switch => participant.switch_to_target(barrier),
                 Ending::Copy => participant.job.volume.end_tracking(barrier),
             }
         }
@@ -185,7 +185,7 @@ impl Cutovers {
             }
             for (participant, barrier) in participants.iter().zip(&barriers) {
                 if whole {
-                    participant.job.volume.switch(barrier, participant.new_image());
+                    participant.switch_to_target(barrier);
                 } else {
                     participant.job.volume.separate(barrier);
                 }
@@ -218,6 +218,11 @@ impl Participant {
             new: self.new_image(),
             cache: self.job.options.target_cache,
         }
+    }
+
+    fn switch_to_target(&self, barrier: &Raised<'_>) {
+        let Live { target, map, .. } = &self.live;
+        self.job.volume.switch(barrier, target.clone(), map.clone());
     }
 
     /// How long the rest of the copy would take at the rate seen so far.

@@ -57,6 +57,9 @@ pub(super) fn conclude(job: &Arc<Job>, live: Live, verdict: Verdict) {
     if given_up > 0 && !good {
         live.target.image().give_up();
     }
+    if given_up == 0 {
+        job.volume.part_from(&live.target);
+    }
     let hung = hung + given_up;
     job.hung.store(hung > 0, SeqCst);
     let info = job.picture(&live);

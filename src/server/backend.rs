@@ -174,7 +174,7 @@ impl Server {
     /// Makes everything durable that guests wrote.
     pub(super) fn flush_all(&self) {
         for volume in &self.volumes {
-            if let Err(error) = volume.flush() {
+            if let Err(error) = volume.flush_unasked() {
                 log::error!("{error}");
             }
         }

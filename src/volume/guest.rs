@@ -177,7 +177,7 @@ impl Volume {
             twin.flush();
         }
         let flushed = match &*self.tracking.load() {
-            None => self.active.load().0.flush(),
+            None => self.flush_active(),
             Some(tracking) => tracking.guest_flush(&*self.active.load().0),
         };
         if flushed.is_err() {

@@ -15,6 +15,7 @@
 
 mod attributes;
 pub mod barrier;
+mod former;
 mod guest;
 pub mod request_times;
 pub mod target;
@@ -29,6 +30,7 @@ use arc_swap::{ArcSwap, ArcSwapOption};
 
 pub use self::attributes::{AttributeChange, DiskAttributes, ShownAttributes};
 use self::barrier::{Barrier, Raised};
+use self::former::Former;
 use self::request_times::RequestTimes;
 use self::target::Target;
 use self::tracking::Tracking;
@@ -72,6 +74,8 @@ pub struct Volume {
     active: ArcSwap<ActiveImage>,
     /// Receives every change too, while it is undecided which image is the active one (rule 15).
     twin: ArcSwapOption<Twin>,
+    /// The active image as the target that it was, while its mirror has not ended.
+    former: ArcSwapOption<Former>,
     tracking: ArcSwapOption<Tracking>,
     /// The durable shadow of the dirty map, while a mirror is unfinished: also while its target is not there.
     intent: ArcSwapOption<IntentLog>,
@@ -162,6 +166,7 @@ impl Volume {
             options,
             active: ArcSwap::from_pointee(ActiveImage(image)),
             twin: ArcSwapOption::empty(),
+            former: ArcSwapOption::empty(),
             tracking: ArcSwapOption::empty(),
             intent: ArcSwapOption::empty(),
             barrier: Barrier::default(),
@@ -277,10 +282,11 @@ impl Volume {
         self.tracking.load_full()
     }
 
-    /// Makes `image` the active one and ends tracking. Reads that are under way end on the old image: they began before any
-    /// write that the new one will get.
-    pub fn switch(&self, _barrier: &Raised<'_>, image: Arc<dyn Image>) {
-        self.active.store(Arc::new(ActiveImage(image)));
+    /// Makes `target`'s image the active one and ends tracking. Reads that are under way end on the old image: they began before any
+    /// write that the new one will get. The mirror may flush it still, until [`Volume::part_from`].
+    pub fn switch(&self, _barrier: &Raised<'_>, target: Arc<Target>, map: Arc<DirtyMap>) {
+        self.active.store(Arc::new(ActiveImage(target.image().clone())));
+        self.former.store(Some(Arc::new(Former::new(target, map))));
         self.flush_failed.store(false, Relaxed);
         *self.owed.lock() = None;
         self.tracking.store(None);
@@ -292,6 +298,15 @@ impl Volume {
     /// the two a restart would choose (rule 15). `target` has all that was written so far, durably.
     pub fn join(&self, _barrier: &Raised<'_>, target: Arc<Target>, map: Arc<DirtyMap>) {
         self.twin.store(Some(Arc::new(Twin::new(target, map))));
+    }
+
+    /// The mirror that had `target` as its own does not flush it any more. The guest's next flush fails if one of those has.
+    pub fn part_from(&self, target: &Arc<Target>) {
+        let Some(former) = self.former.load_full().filter(|former| former.is(target)) else { return };
+        self.former.store(None);
+        if let Err(error) = former.unheard() {
+            self.owe(error);
+        }
     }
 
     /// Ends [`Volume::join`].
@@ -312,14 +327,33 @@ impl Volume {
     /// # Errors
     /// This flush, or an earlier one of this image, failed. The next flush of a guest fails too, if it has not heard of it.
     pub fn flush_for_mirror(&self) -> Result<()> {
-        if let Err(error) = self.active().flush() {
-            *self.owed.lock() = Some(error.clone());
-            self.flush_failed.store(true, Relaxed);
+        if let Err(error) = self.flush_active() {
+            self.owe(error.clone());
             return Err(error);
         }
         match self.flush_failed.load(Relaxed) {
             true => Err(Error::new(ErrorKind::Failed, "an earlier flush has failed:").on(self.active().name())),
             false => Ok(()),
+        }
+    }
+
+    /// Flushes as a guest would, for nobody who could be told: the guest's next flush fails if this one has.
+    ///
+    /// # Errors
+    /// As [`Volume::flush`].
+    pub fn flush_unasked(&self) -> Result<()> {
+        self.flush().inspect_err(|error| self.owe(error.clone()))
+    }
+
+    fn owe(&self, error: Error) {
+        *self.owed.lock() = Some(error);
+        self.flush_failed.store(true, Relaxed);
+    }
+
+    fn flush_active(&self) -> Result<()> {
+        match &*self.former.load() {
+            Some(former) => former.flush(),
+            None => self.active.load().0.flush(),
         }
     }
 

@@ -265,3 +265,30 @@ fn a_mirrored_disk_keeps_its_size() {
     assert_eq!(world.volume.write(SIZE, &[1; 512], false).unwrap(), 512);
     world.volume.truncate(SIZE).unwrap();
 }
+
+/// A mirror that has cut over may have a flush under way: Linux reports an error once, and that may be to it.
+#[test]
+fn a_flush_of_the_mirror_that_fails_after_the_cutover_is_the_guests() {
+    let world = World::new(false);
+    let both = Arc::new(Target::new(world.target.clone(), SIZE));
+    world.volume.switch(&world.volume.raise_barrier(None).unwrap(), both.clone(), world.map.clone());
+    let fails_once = || world.target.add(Fault::new(Operation::Flush, error_of(libc::EIO)).times(1));
+    let write = || world.volume.write(0, &[7; 4096], false).unwrap();
+    write();
+    fails_once();
+    both.flush(&world.map).unwrap_err();
+    assert!(world.volume.flush().is_err(), "what was written before is lost");
+    world.volume.flush().unwrap();
+    // One that the guest has not heard of when the mirror ends, and one for which nobody asked.
+    write();
+    fails_once();
+    both.flush(&world.map).unwrap_err();
+    world.volume.part_from(&both);
+    assert!(world.volume.flush().is_err());
+    world.volume.flush().unwrap();
+    write();
+    fails_once();
+    world.volume.flush_unasked().unwrap_err();
+    assert!(world.volume.flush().is_err());
+    world.volume.flush().unwrap();
+}

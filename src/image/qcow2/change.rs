@@ -122,7 +122,14 @@ impl Qcow2Image {
 
     /// The L2 table in the L1 entry `index`, made, or copied if a snapshot shares it.
     fn own_table(&self, index: u64) -> Result<Arc<L2>> {
-        let find = || self.tables.l2(&self.host, &self.header, index);
+        let find = || {
+            let found = self.tables.l2(&self.host, &self.header, index)?;
+            if let Some((table, true)) = &found {
+                // What is written there would be read as something else too.
+                self.occupied.refuse_shared(self.name(), ByteRange::new(table.offset, self.cluster_bytes()))?;
+            }
+            Ok::<_, Error>(found)
+        };
         if let Some((table, true)) = find()? {
             return Ok(table);
         }

@@ -369,6 +369,15 @@ impl Header {
         }
     }
 
+    pub(super) fn place(&self) -> ByteRange {
+        ByteRange::new(0, self.cluster_bytes())
+    }
+
+    /// The L1 table at the time of opening.
+    pub(super) fn l1_place(&self) -> ByteRange {
+        ByteRange::new(self.l1_offset, u64::from(self.l1_entries) * 8)
+    }
+
     /// The refcount table at the time of opening.
     pub(super) fn refcount_table_place(&self) -> ByteRange {
         ByteRange::new(self.refcount_table_offset, u64::from(self.refcount_table_clusters) << self.cluster_bits)

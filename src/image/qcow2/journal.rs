@@ -44,6 +44,11 @@ pub(in crate::image) fn len() -> usize {
     EVENTS.with(|events| events.borrow().as_ref().map_or(0, Vec::len))
 }
 
+/// All that was noted so far.
+pub(in crate::image) fn so_far() -> Vec<Event> {
+    EVENTS.with(|events| events.borrow().clone()).unwrap_or_default()
+}
+
 /// Ends it.
 pub(in crate::image) fn take() -> Vec<Event> {
     EVENTS.with(|events| events.borrow_mut().take()).unwrap_or_default()
@@ -58,17 +63,24 @@ pub(super) fn note(event: impl FnOnce() -> Event) {
 }
 
 thread_local! {
-    static SYNC_FAILS: Cell<bool> = const { Cell::new(false) };
+    static SYNC_FAILS: Cell<Option<usize>> = const { Cell::new(None) };
     static WRITE_FAILS: Cell<Option<(usize, i32)>> = const { Cell::new(None) };
 }
 
 /// The next sync that this thread runs fails.
 pub(in crate::image) fn fail_next_sync() {
-    SYNC_FAILS.set(true);
+    fail_sync(0);
+}
+
+/// The sync that this thread runs after `before` other ones fails.
+pub(in crate::image) fn fail_sync(before: usize) {
+    SYNC_FAILS.set(Some(before));
 }
 
 pub(super) fn sync_fails() -> Result<()> {
-    if SYNC_FAILS.replace(false) { Err(Error::new(ErrorKind::Failed, "a sync fails")) } else { Ok(()) }
+    let Some(before) = SYNC_FAILS.get() else { return Ok(()) };
+    SYNC_FAILS.set(before.checked_sub(1));
+    if before == 0 { Err(Error::new(ErrorKind::Failed, "a sync fails")) } else { Ok(()) }
 }
 
 /// The next write of metadata by this thread that is `len` bytes long fails with `errno`.

@@ -2,7 +2,7 @@
 
 use super::entry::{self, Cluster};
 use super::host::in_memory;
-use super::{Qcow2Image, compressed, damaged};
+use super::{Qcow2Image, compressed, occupied};
 use crate::error::Result;
 use crate::range::ByteRange;
 
@@ -80,11 +80,13 @@ impl Qcow2Image {
     fn check_run(&self, run: Run) -> Result<()> {
         let Place::Data { host, .. } = run.place else { return Ok(()) };
         let there = ByteRange::new(host, run.range.len());
-        let header = ByteRange::new(0, self.cluster_bytes());
-        if [header, self.refcounts.table_place(), self.tables.l1_place()].iter().any(|place| place.overlaps(there)) {
-            return Err(damaged(self.host.name(), "data and metadata overlap").at(run.range));
+        match self.occupied.first_in(there) {
+            Some(offset) => {
+                let what = "holds data and metadata, they overlap";
+                Err(occupied::refused(self.host.name(), what, offset).at(run.range))
+            }
+            None => Ok(()),
         }
-        Ok(())
     }
 
     /// Fills `buffer` with `range`. Needs the stripes.

@@ -49,6 +49,7 @@ mod host;
 #[cfg(test)]
 pub(super) mod journal;
 mod mapping;
+mod occupied;
 mod refcounts;
 mod status;
 mod sync_point;
@@ -65,6 +66,7 @@ use std::time::SystemTime;
 
 use self::header::Header;
 use self::host::Host;
+use self::occupied::Occupied;
 use self::refcounts::Refcounts;
 use self::tables::Tables;
 use super::file_io::FileIo;
@@ -89,6 +91,7 @@ pub(super) struct Qcow2Image {
     size_bytes: AtomicU64,
     tables: Tables,
     refcounts: Refcounts,
+    occupied: Arc<Occupied>,
     backing: Option<Arc<dyn Image>>,
     stripes: Stripes,
     /// A change of the size, one at a time.
@@ -105,8 +108,9 @@ impl Qcow2Image {
     pub(super) fn new(io: FileIo, opened: Opened, options: &OpenOptions, chain: &Chain) -> Result<Self> {
         let host = Host::new(io)?;
         let header = Header::read(&host, opened.writable)?;
-        let tables = Tables::read(&host, &header, opened.writable, chain.depth())?;
-        let refcounts = Refcounts::read(&host, &header, opened.writable)?;
+        let occupied = Arc::new(Occupied::new(header.cluster_bits));
+        let tables = Tables::read(&host, &header, opened.writable, chain.depth(), occupied.clone())?;
+        let refcounts = Refcounts::read(&host, &header, opened.writable, occupied.clone())?;
         let backing = chain.open_backing(&opened, &header, options)?;
         if opened.writable {
             host.prepare_for_writing(header.cluster_bytes())?;
@@ -124,6 +128,7 @@ impl Qcow2Image {
             header,
             tables,
             refcounts,
+            occupied,
             backing,
             stripes: Stripes::new(),
             resizing: Mutex::new(()),

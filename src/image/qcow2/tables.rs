@@ -8,6 +8,7 @@ use std::fmt;
 
 use super::header::Header;
 use super::host::{Host, in_memory};
+use super::occupied::Occupied;
 use super::{damaged, entry};
 use crate::error::Result;
 use crate::range::ByteRange;
@@ -28,6 +29,9 @@ pub(super) struct Tables {
     pub(super) l1_change: Mutex<()>,
     cache: RwLock<HashMap<u64, Arc<L2>>>,
     cached_max: usize,
+    cluster_bytes: u64,
+    /// Shared with who knows the other tables.
+    occupied: Arc<Occupied>,
 }
 
 /// The L1 table as it is in the file.
@@ -35,6 +39,12 @@ pub(super) struct Tables {
 pub(super) struct L1 {
     pub(super) offset: u64,
     pub(super) entries: Vec<u64>,
+}
+
+impl L1 {
+    fn place(&self) -> ByteRange {
+        ByteRange::new(self.offset, self.entries.len() as u64 * 8)
+    }
 }
 
 /// An L2 table.
@@ -89,13 +99,24 @@ impl L2 {
 impl Tables {
     /// Reads the L1 table of the layer `depth` of a chain, the top one is 1. What is only read needs no more of it than the disk has: a
     /// hostile file may claim a table of 32 MiB.
-    pub(super) fn read(host: &Host, header: &Header, writable: bool, depth: u64) -> Result<Self> {
+    pub(super) fn read(
+        host: &Host,
+        header: &Header,
+        writable: bool,
+        depth: u64,
+        occupied: Arc<Occupied>,
+    ) -> Result<Self> {
         let all = u64::from(header.l1_entries);
         let needed = if writable { all } else { all.min(header.size_bytes.div_ceil(header.l2_span_bytes())) };
         let entries = match needed {
             0 => Vec::new(),
             count => host.read_numbers(header.l1_offset, in_memory(count))?,
         };
+        occupied.add(ByteRange::new(header.l1_offset, needed * 8));
+        if writable {
+            let tables = entries.iter().filter_map(|entry| header.table_at(*entry).ok().flatten());
+            occupied.add_all(tables.map(|(offset, _)| offset));
+        }
         let least = if depth == 1 { CACHED_TABLES_MIN } else { CACHED_TABLES_MIN_BELOW };
         let cached_max = in_memory(((CACHE_BYTES / depth) >> header.cluster_bits).max(least));
         Ok(Tables {
@@ -103,6 +124,8 @@ impl Tables {
             l1_change: Mutex::new(()),
             cache: RwLock::new(HashMap::new()),
             cached_max,
+            cluster_bytes: header.cluster_bytes(),
+            occupied,
         })
     }
 
@@ -110,23 +133,39 @@ impl Tables {
         self.l1.read().entries.len()
     }
 
-    /// Where the L1 table is in the file.
-    pub(super) fn l1_place(&self) -> ByteRange {
-        let l1 = self.l1.read();
-        ByteRange::new(l1.offset, l1.entries.len() as u64 * 8)
-    }
-
     /// Changes an entry of the L1 table: in the file, then here. Needs `l1_change`.
     pub(super) fn set_l1(&self, host: &Host, index: u64, entry: u64) -> Result<()> {
-        let offset = self.l1.read().offset;
-        host.write_numbers(offset + index * 8, &[entry])?;
+        let (offset, old) = {
+            let l1 = self.l1.read();
+            (l1.offset, l1.entries[in_memory(index)])
+        };
+        self.occupy(entry);
+        host.write_numbers(offset + index * 8, &[entry]).inspect_err(|_| self.vacate(entry))?;
         self.l1.write().entries[in_memory(index)] = entry;
+        self.vacate(old);
         Ok(())
     }
 
     /// Takes another L1 table, which is in the file already. Needs `l1_change`. Returns what was there.
     pub(super) fn replace_l1(&self, new: L1) -> L1 {
-        std::mem::replace(&mut *self.l1.write(), new)
+        self.occupied.add(new.place());
+        let old = std::mem::replace(&mut *self.l1.write(), new);
+        self.occupied.remove(old.place());
+        old
+    }
+
+    /// The table in an entry of the L1 table is in use.
+    fn occupy(&self, entry: u64) {
+        if let Some((offset, _)) = entry::table(entry) {
+            self.occupied.add(ByteRange::new(offset, self.cluster_bytes));
+        }
+    }
+
+    /// ... and in use no more.
+    fn vacate(&self, entry: u64) {
+        if let Some((offset, _)) = entry::table(entry) {
+            self.occupied.remove(ByteRange::new(offset, self.cluster_bytes));
+        }
     }
 
     pub(super) fn l1_entries(&self) -> Vec<u64> {

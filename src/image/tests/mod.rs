@@ -10,6 +10,7 @@ mod qcow2_creation;
 mod qcow2_damage;
 mod qcow2_failures;
 mod qcow2_fuzzed;
+mod qcow2_overlaps;
 mod qcow2_power_cut;
 mod sparse;
 

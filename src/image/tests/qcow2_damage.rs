@@ -4,7 +4,7 @@ use super::qcow2::{new_file, text};
 use super::*;
 use proptest::prelude::*;
 
-fn patched(path: &Path, at: usize, bytes: &[u8]) {
+pub(super) fn patched(path: &Path, at: usize, bytes: &[u8]) {
     let mut file = std::fs::read(path).unwrap();
     file[at..at + bytes.len()].copy_from_slice(bytes);
     std::fs::write(path, file).unwrap();

@@ -10,7 +10,7 @@ use proptest::prelude::*;
 const SECTOR: usize = 512;
 
 /// The file once the power is back: all of `events` up to the last sync, and some of the rest.
-fn after_the_cut(before: &[u8], events: &[Event], seed: u64) -> Vec<u8> {
+pub(super) fn after_the_cut(before: &[u8], events: &[Event], seed: u64) -> Vec<u8> {
     let synced = events.iter().rposition(|event| matches!(event, Event::Synced)).map_or(0, |at| at + 1);
     let (mut file, mut state) = (before.to_vec(), seed | 1);
     for (number, event) in events.iter().enumerate() {

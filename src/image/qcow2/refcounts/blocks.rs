@@ -10,7 +10,7 @@ use crate::error::{Error, ErrorKind, Result};
 const TABLE_ENTRIES_MAX: usize = 1 << 20;
 
 impl Refcounts {
-    /// Lowers the refcounts of `clusters` by one each; punches those that become free.
+    /// Lowers the refcounts of `clusters` by one each; punches those that become free. None that holds metadata becomes free.
     pub(super) fn lower(&self, host: &Host, state: &mut State, clusters: Clusters) -> Result<()> {
         let (mut at, end) = (clusters.first, clusters.first + clusters.count);
         while at < end {
@@ -20,11 +20,18 @@ impl Refcounts {
                 return Err(damaged(host.name(), "a cluster in use has no refcount"));
             };
             let mut free: Vec<Clusters> = Vec::new();
+            let kept = self.occupied.first_in(self.place(Clusters { first: at, count: stop - at })).is_some();
             for cluster in at..stop {
                 let within = cluster % self.per_block();
                 let count = self.width.get(&block, within);
                 if count == 0 {
                     return Err(damaged(host.name(), "a cluster in use has the refcount 0"));
+                }
+                let own = self.place(Clusters { first: cluster, count: 1 });
+                if kept && count == 1 && self.occupied.first_in(own).is_some() {
+                    let what = "was data too, and holds metadata: it is kept";
+                    log::warn!("{}: the cluster at offset {} {what}", host.name(), own.start());
+                    continue;
                 }
                 self.width.set(&mut block, within, count - 1);
                 match free.last_mut() {
@@ -47,6 +54,12 @@ impl Refcounts {
         Ok(())
     }
 
+    /// # Errors
+    /// Some of `clusters`, which are free for all that the refcounts say, hold metadata.
+    pub(super) fn refuse_occupied(&self, host: &Host, clusters: Clusters) -> Result<()> {
+        self.occupied.refuse_free(host.name(), self.place(clusters))
+    }
+
     /// The refcount block `index`; `None` if there is none.
     pub(super) fn block(&self, host: &Host, state: &State, index: u64) -> Result<Option<Vec<u8>>> {
         let Some(&offset) = state.table.get(in_memory(index)).filter(|offset| **offset != 0) else { return Ok(None) };
@@ -63,10 +76,13 @@ impl Refcounts {
         if state.table[in_memory(index)] != 0 {
             return Ok(());
         }
-        let offset = (index * self.per_block()) << self.cluster_bits;
+        let own = Clusters { first: index * self.per_block(), count: 1 };
+        self.refuse_occupied(host, own)?;
+        let offset = own.first << self.cluster_bits;
         self.new_block(host, offset, |block| self.width.set(block, 0, 1))?;
         host.write_numbers(state.table_offset + index * 8, &[offset])?;
         state.table[in_memory(index)] = offset;
+        self.occupied.add(self.place(own));
         Ok(())
     }
 
@@ -108,6 +124,7 @@ impl Refcounts {
         }
         let first = first_region * per_block;
         let used = regions + table_clusters;
+        self.refuse_occupied(host, Clusters { first, count: used })?;
         let mut table = state.table.clone();
         table.resize(in_memory(entries), 0);
         for region in 0..regions {
@@ -127,10 +144,11 @@ impl Refcounts {
         let clusters = u32::try_from(table_clusters).expect("bounded above");
         Header::write_refcount_table(host, table_offset, clusters)?;
         let old = self.table_clusters(state);
+        self.occupied.add(self.place(Clusters { first, count: used }));
+        self.occupied.remove(self.place(old));
         // The file names the new one from here on. If the sync fails the old one is leaked, because a power cut may bring it back.
         state.table = table;
         state.table_offset = table_offset;
-        *self.table_place.write() = self.place(self.table_clusters(state));
         host.sync()?;
         self.lower(host, state, old)
     }

@@ -24,9 +24,10 @@ use super::counts::Width;
 use super::damaged;
 use super::header::Header;
 use super::host::{Host, in_memory};
+use super::occupied::Occupied;
 use crate::error::Result;
 use crate::range::ByteRange;
-use crate::sync::{Mutex, RwLock};
+use crate::sync::{Arc, Mutex};
 
 /// More runs that were given up than this, and whoever adds one syncs and frees them: no guest that never flushes fills memory.
 pub(super) const GIVEN_UP_MAX: usize = 4096;
@@ -52,8 +53,8 @@ pub(super) struct Refcounts {
     cluster_bits: u32,
     width: Width,
     state: Mutex<State>,
-    /// Where the refcount table is now. Apart from the rest, which is held during syncs.
-    table_place: RwLock<ByteRange>,
+    /// Shared with who knows the other tables.
+    occupied: Arc<Occupied>,
 }
 
 #[derive(Debug)]
@@ -70,13 +71,26 @@ struct State {
 }
 
 impl Refcounts {
-    /// Reads the refcount table; not for an image that is only read.
-    pub(super) fn read(host: &Host, header: &Header, writable: bool) -> Result<Self> {
+    /// Reads the refcount table; not for an image that is only read. All other tables are in `occupied`.
+    ///
+    /// # Errors
+    /// Those of reading; tables that overlap.
+    pub(super) fn read(host: &Host, header: &Header, writable: bool, occupied: Arc<Occupied>) -> Result<Self> {
         let entries = in_memory(u64::from(header.refcount_table_clusters) * header.cluster_bytes() / 8);
         let table = if writable { host.read_numbers(header.refcount_table_offset, entries)? } else { Vec::new() };
         for entry in &table {
             if entry % header.cluster_bytes() != 0 {
                 return Err(damaged(host.name(), "an entry of the refcount table does not point to a cluster"));
+            }
+        }
+        let place = header.refcount_table_place();
+        occupied.add(place);
+        if writable {
+            let blocks = table.iter().copied().filter(|offset| *offset != 0);
+            occupied.add_all(blocks.clone());
+            let blocks = blocks.map(|offset| ByteRange::new(offset, header.cluster_bytes()));
+            for place in [header.place(), header.l1_place(), place].into_iter().chain(blocks) {
+                occupied.refuse_shared(host.name(), place)?;
             }
         }
         let state = State {
@@ -91,7 +105,7 @@ impl Refcounts {
             cluster_bits: header.cluster_bits,
             width: Width::new(header.refcount_order),
             state: Mutex::new(state),
-            table_place: RwLock::new(header.refcount_table_place()),
+            occupied,
         })
     }
 
@@ -102,11 +116,6 @@ impl Refcounts {
     /// A refcount block counts so many clusters.
     fn per_block(&self) -> u64 {
         self.width.fit(self.cluster_bytes())
-    }
-
-    /// Where the refcount table is now: no cluster of data.
-    pub(super) fn table_place(&self) -> ByteRange {
-        *self.table_place.read()
     }
 
     fn table_clusters(&self, state: &State) -> Clusters {
@@ -220,8 +229,8 @@ impl Refcounts {
         for taken in std::mem::take(&mut state.reserved) {
             self.lower(host, &mut state, taken.clusters)?;
         }
-        let end = self.end_of_use(host, &state)?;
-        host.cut_to(end << self.cluster_bits)?;
+        let end = self.end_of_use(host, &state)? << self.cluster_bits;
+        host.cut_to(end.max(self.occupied.end()))?;
         drop(state);
         host.sync()
     }

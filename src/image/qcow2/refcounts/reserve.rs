@@ -43,8 +43,9 @@ impl Refcounts {
         let mut at = from % per_block;
         while at < per_block && left > 0 {
             if self.width.get(&block, at) == 0 {
-                self.width.set(&mut block, at, 1);
                 let cluster = index * per_block + at;
+                self.refuse_occupied(host, Clusters { first: cluster, count: 1 })?;
+                self.width.set(&mut block, at, 1);
                 match found.last_mut() {
                     Some(last) if last.first + last.count == cluster => last.count += 1,
                     _ => found.push(Clusters { first: cluster, count: 1 }),
@@ -82,7 +83,9 @@ impl Refcounts {
             }
             self.width.set(&mut block, within, 1);
             let bytes = self.width.bytes(within, within + 1);
-            let written = host.write_metadata(state.table[in_memory(index)] + bytes.start as u64, &block[bytes]);
+            let written = self
+                .refuse_occupied(host, Clusters { first: at, count: 1 })
+                .and_then(|()| host.write_metadata(state.table[in_memory(index)] + bytes.start as u64, &block[bytes]));
             if let Err(error) = written {
                 // For another try. Where that cannot be written either, they are leaked.
                 let _ = self.lower(host, state, Clusters { first, count: at - first });

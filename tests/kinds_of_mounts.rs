@@ -176,6 +176,44 @@ fn from_one_block_device_to_another() {
     table.assert_on(&b);
 }
 
+/// The second one begins within what its disk gives back as one: neither reaches beyond its own ends.
+#[test]
+fn from_one_partition_to_another() {
+    if !is_root("a loop device") {
+        return;
+    }
+    const WHOLE: u64 = 32 << 20;
+    let seed = random::seed();
+    let place = Place::in_memory();
+    let (a, b) = (place.random("a.img", WHOLE, seed), place.random("b.img", WHOLE, seed + 1));
+    let before = [&a, &b].map(|file| fs::read(file).expect("read"));
+    let (start_a, start_b) = (1 << 20, (2 << 20) + 1536);
+    let (mut source, mut target) = (LoopDevice::over(&a), LoopDevice::over(&b));
+    let from = source.add_partition(start_a, SIZE);
+    let to = target.add_partition(start_b, SIZE);
+    let table = Table::new(seed, SIZE);
+    pattern::fill(&from, &table);
+    let mounted = Mount::of(&place, [&from]).with(["--force"]).start();
+    let disk = mounted.first_disk();
+    assert_eq!(disk.metadata().expect("stat").len(), SIZE);
+    let load = Load::start(&disk, &table, Habits { depth: 8, ..Habits::default() }, seed);
+    load.wait_for_more(200);
+    mounted.mirror(&to, &["--existing"]);
+    mounted.wait_ready();
+    mounted.cutover();
+    load.wait_for_more(200);
+    load.stop();
+    mounted.unmount();
+    table.assert_on(&to);
+    source.detach();
+    target.detach();
+    for (file, before, start) in [(&a, &before[0], start_a), (&b, &before[1], start_b)] {
+        let after = fs::read(file).expect("read");
+        let (start, end) = (start as usize, (start + SIZE) as usize);
+        assert!(after[..start] == before[..start] && after[end..] == before[end..], "{}: around it", file.display());
+    }
+}
+
 #[test]
 fn from_a_file_to_a_larger_block_device_and_back() {
     if !is_root("a loop device") {

@@ -1,10 +1,11 @@
 //! Raw images on block devices.
 //!
-//! As files, with these differences: the size is fixed; all of it is data; zeroing works on logical blocks, and goes down this chain:
+//! As files, with these differences: the size is fixed; all of it is data; zeroing works on whole blocks, and giving space back on
+//! whole granules of the device, in steps that it takes ([`DeviceLimits`]), and goes down this chain:
 //!
 //! ```text
 //! write_zeroes: fallocate(ZERO_RANGE), else BLKZEROOUT, else write zeroes
-//! discard:      fallocate(PUNCH_HOLE), else unsupported
+//! discard:      fallocate(PUNCH_HOLE), else unsupported; what is less than a granule is zeroed
 //! ```
 //!
 //! BLKDISCARD is never used: it promises no zeroes. The chain runs on the descriptor that holds the device exclusively:
@@ -16,6 +17,7 @@ use std::path::PathBuf;
 
 use nix::fcntl::FallocateFlags;
 
+use super::device_limits::DeviceLimits;
 use super::file_io::FileIo;
 use super::open::Opened;
 use super::raw::attributes_of;
@@ -27,25 +29,22 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::range::ByteRange;
 use crate::sys::files;
 
-/// The most that is zeroed by one system call, which may take as long as writing it: other writes wait meanwhile.
-const ZEROING_BYTES_MAX: u64 = 16 << 20;
-
 /// A raw image on a block device.
 #[derive(Debug)]
 pub(super) struct BlockDevice {
     io: FileIo,
     opened: Opened,
-    block_bytes: u64,
+    limits: DeviceLimits,
     punch: Ability,
     zero_range: Ability,
     zero_out: Ability,
 }
 
 impl BlockDevice {
-    /// An image over `io`, on a device with logical blocks of `block_bytes`.
-    pub(super) fn new(io: FileIo, opened: Opened, block_bytes: u64) -> Self {
+    /// An image over `io`, on a device with these limits.
+    pub(super) fn new(io: FileIo, opened: Opened, limits: DeviceLimits) -> Self {
         let (punch, zero_range, zero_out) = (Ability::default(), Ability::default(), Ability::default());
-        BlockDevice { io, opened, block_bytes, punch, zero_range, zero_out }
+        BlockDevice { io, opened, limits, punch, zero_range, zero_out }
     }
 
     fn try_zero(&self, range: ByteRange) -> Tried {
@@ -62,19 +61,25 @@ impl BlockDevice {
         self.punch.attempt_fallocate(&self.opened.locked, flags, range)
     }
 
-    /// Writes zeroes to what of `range` is not in `inner`, a part of it.
-    fn zero_edges(&self, range: ByteRange, inner: ByteRange) -> Result<()> {
-        self.io.write_zero_bytes(ByteRange::from_bounds(range.start(), inner.start()))?;
-        self.io.write_zero_bytes(ByteRange::from_bounds(inner.end(), range.end()))
-    }
-
-    /// The whole blocks in `range`; empty, but at its start, if there are none.
-    fn inner(&self, range: ByteRange) -> ByteRange {
-        match range.align_in(self.block_bytes) {
-            inner if inner.is_empty() => ByteRange::new(range.start(), 0),
-            inner => inner,
+    fn zero(&self, range: ByteRange) -> Result<()> {
+        let inner = self.limits.blocks(range);
+        for edge in around(range, inner) {
+            self.io.write_zero_bytes(edge)?;
         }
+        for piece in inner.pieces(self.limits.zeroing_step()) {
+            match self.io.change("write zeroes", piece, || self.try_zero(piece))? {
+                Tried::Done => (),
+                Tried::Failed(error) => return Err(self.io.failed("write zeroes to", piece, &error)),
+                Tried::Refused => self.io.write_zero_bytes(piece)?,
+            }
+        }
+        Ok(())
     }
+}
+
+/// What of `range` is not in `inner`, a part of it.
+fn around(range: ByteRange, inner: ByteRange) -> [ByteRange; 2] {
+    [ByteRange::from_bounds(range.start(), inner.start()), ByteRange::from_bounds(inner.end(), range.end())]
 }
 
 impl Image for BlockDevice {
@@ -94,7 +99,7 @@ impl Image for BlockDevice {
         Properties {
             request_alignment: self.io.request_alignment(),
             cluster_bytes: None,
-            thin_zeroing: self.punch.is_likely(),
+            thin_zeroing: self.limits.can_discard() && self.punch.is_likely(),
             writable: self.opened.writable,
             resizable: false,
         }
@@ -118,32 +123,27 @@ impl Image for BlockDevice {
 
     fn write_zeroes(&self, range: ByteRange) -> Result<()> {
         check_bounds(self, "write zeroes", range)?;
-        let inner = self.inner(range);
-        self.zero_edges(range, inner)?;
-        for piece in inner.pieces(ZEROING_BYTES_MAX) {
-            match self.io.change("write zeroes", piece, || self.try_zero(piece))? {
-                Tried::Done => (),
-                Tried::Failed(error) => return Err(self.io.failed("write zeroes to", piece, &error)),
-                Tried::Refused => self.io.write_zero_bytes(piece)?,
-            }
-        }
-        Ok(())
+        self.zero(range)
     }
 
     fn discard(&self, range: ByteRange) -> Result<()> {
         check_bounds(self, "discard", range)?;
-        let inner = self.inner(range);
-        for piece in inner.pieces(ZEROING_BYTES_MAX) {
+        let unsupported = || {
+            let what = "the device cannot discard to zeroes:";
+            Error::new(ErrorKind::Unsupported, what).on(self.name()).at(range)
+        };
+        if !self.limits.can_discard() {
+            return Err(unsupported());
+        }
+        let inner = self.limits.granules(range);
+        for piece in inner.pieces(self.limits.discard_step()) {
             match self.io.change("discard", piece, || self.try_punch(piece))? {
                 Tried::Done => (),
                 Tried::Failed(error) => return Err(self.io.failed("discard", piece, &error)),
-                Tried::Refused => {
-                    let what = "the device cannot discard to zeroes:";
-                    return Err(Error::new(ErrorKind::Unsupported, what).on(self.name()).at(range));
-                }
+                Tried::Refused => return Err(unsupported()),
             }
         }
-        self.zero_edges(range, inner)
+        around(range, inner).into_iter().try_for_each(|edge| self.zero(edge))
     }
 
     /// A device is allocated from the start, as far as anybody can tell.

@@ -12,6 +12,7 @@
 
 pub mod aligned;
 mod block_device;
+mod device_limits;
 pub mod faulty;
 mod file_io;
 mod gate;

@@ -18,6 +18,7 @@ use std::time::Duration;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use super::block_device::BlockDevice;
+use super::device_limits::DeviceLimits;
 use super::file_io::{Direct, FileIo};
 use super::lock::{self, Fence};
 use super::qcow2::{self, Qcow2Image};
@@ -130,7 +131,11 @@ pub(super) fn open_layer(
                 Err(error) if device && error.raw_os_error() == Some(libc::EBUSY) => Ok(None),
                 opened => opened.map(Some),
             });
-            opened.map_err(failed)?.ok_or_else(|| users::busy(&name, meta.rdev()))?
+            let locked = opened.map_err(failed)?.ok_or_else(|| users::busy(&name, meta.rdev()))?;
+            if device && alone {
+                users::refuse_loop_over(&name, meta.rdev())?;
+            }
+            locked
         }
     };
     if options.role != Role::Observer {
@@ -149,10 +154,10 @@ pub(super) fn open_layer(
         return Ok(Arc::new(Qcow2Image::new(io, opened, options, chain)?));
     }
     if device {
-        let block = files::logical_block_size(&opened.locked).map_err(failed)?.into();
+        let limits = DeviceLimits::of(&opened.locked).map_err(failed)?;
         let size = files::block_device_size(&opened.locked).map_err(failed)?;
-        let io = opened.io(name, size, Some(block), options)?;
-        return Ok(Arc::new(BlockDevice::new(io, opened, block)));
+        let io = opened.io(name, size, Some(&limits), options)?;
+        return Ok(Arc::new(BlockDevice::new(io, opened, limits)));
     }
     let io = opened.io(name, meta.size(), None, options)?;
     Ok(Arc::new(RawImage::new(io, opened)?))
@@ -164,8 +169,14 @@ impl Opened {
         vec![(DescriptorRole::Locked, self.locked.as_fd()), (DescriptorRole::Path, self.path_only.as_fd())]
     }
 
-    /// Opens the descriptors that read and write, fenced if they can write. `device_block`: the logical block of a device.
-    fn io(&self, name: String, size_bytes: u64, device_block: Option<u64>, options: &OpenOptions) -> Result<FileIo> {
+    /// Opens the descriptors that read and write, fenced if they can write. `device`: the limits of a device.
+    fn io(
+        &self,
+        name: String,
+        size_bytes: u64,
+        device: Option<&DeviceLimits>,
+        options: &OpenOptions,
+    ) -> Result<FileIo> {
         let failed = |error: io::Error| Error::io("cannot open", &error).on(&*name);
         // An earlier server was reaped before its descriptor came here; requests that outlive their process take a moment.
         let patience = if options.descriptor.is_some() { FENCE_PATIENCE } else { Duration::ZERO };
@@ -188,8 +199,8 @@ impl Opened {
             }
             opened => opened.map_err(failed)?,
         };
-        let (block, memory) = match device_block {
-            Some(block) => (block, block),
+        let (block, memory) = match device {
+            Some(limits) => (limits.logical_block, limits.memory),
             None => match files::direct_alignment(&file).map_err(failed)? {
                 Some(told) if told.offset == 0 || told.memory == 0 => {
                     return Err(refused("the file system does not offer for this file"));
@@ -199,8 +210,7 @@ impl Opened {
             },
         };
         // Only a file can end within a block.
-        let tail =
-            device_block.is_none().then(|| reopen(&self.path_only, self.writable, 0)).transpose().map_err(failed)?;
+        let tail = device.is_none().then(|| reopen(&self.path_only, self.writable, 0)).transpose().map_err(failed)?;
         fenced(&file, Fence::Io)?;
         if let Some(tail) = &tail {
             fenced(tail, Fence::Tail)?;

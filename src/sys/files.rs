@@ -60,6 +60,7 @@ mod requests {
     //! ioctl(2) requests; see linux/fs.h.
     nix::ioctl_read!(blkgetsize64, 0x12, 114, u64);
     nix::ioctl_read_bad!(blksszget, nix::request_code_none!(0x12, 104), libc::c_int);
+    nix::ioctl_read_bad!(blkpbszget, nix::request_code_none!(0x12, 123), libc::c_uint);
     nix::ioctl_write_ptr_bad!(blkzeroout, nix::request_code_none!(0x12, 127), [u64; 2]);
     nix::ioctl_write_ptr!(ficlonerange, 0x94, 13, super::CloneRange);
     // LOOP_GET_STATUS64, linux/loop.h.
@@ -86,6 +87,17 @@ pub fn logical_block_size(device: impl AsFd) -> io::Result<u32> {
     // SAFETY: BLKSSZGET writes one int to the address given.
     unsafe { requests::blksszget(device.as_fd().as_raw_fd(), &raw mut size) }?;
     u32::try_from(size).map_err(|_| io::Error::from_raw_os_error(libc::EIO))
+}
+
+/// Bytes of a block device's physical block: the unit in which it writes.
+///
+/// # Errors
+/// ENOTTY if it is not a block device.
+pub fn physical_block_size(device: impl AsFd) -> io::Result<u32> {
+    let mut size = 0;
+    // SAFETY: BLKPBSZGET writes one unsigned int to the address given.
+    unsafe { requests::blkpbszget(device.as_fd().as_raw_fd(), &raw mut size) }?;
+    Ok(size)
 }
 
 /// Makes `range` of a block device read as zeroes, by whatever means the kernel finds.

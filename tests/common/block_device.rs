@@ -13,6 +13,7 @@ pub struct LoopDevice {
     /// `/dev/loopN`.
     pub path: PathBuf,
     attached: bool,
+    partitions: u32,
 }
 
 impl LoopDevice {
@@ -20,19 +21,40 @@ impl LoopDevice {
     #[track_caller]
     pub fn over(file: &Path) -> Self {
         let done = run("losetup", [Path::new("--find"), Path::new("--show"), file]).ok();
-        LoopDevice { path: PathBuf::from(done.stdout.trim()), attached: true }
+        LoopDevice { path: PathBuf::from(done.stdout.trim()), attached: true, partitions: 0 }
     }
 
     /// Attaches the loop device `path` to `file`; `None` if it is in use.
     pub fn at(path: &Path, file: &Path) -> Option<Self> {
         let done = run("losetup", [path, file]);
-        (done.code == Some(0)).then(|| LoopDevice { path: path.to_owned(), attached: true })
+        (done.code == Some(0)).then(|| LoopDevice { path: path.to_owned(), attached: true, partitions: 0 })
+    }
+
+    /// Tells the kernel of one more partition, which needs no table: its node.
+    #[track_caller]
+    pub fn add_partition(&mut self, start_bytes: u64, len_bytes: u64) -> PathBuf {
+        let path = self.path.to_str().expect("UTF-8").to_owned();
+        self.partitions += 1;
+        let number = self.partitions.to_string();
+        run("addpart", [&path, &number, &(start_bytes / 512).to_string(), &(len_bytes / 512).to_string()]).ok();
+        let node = PathBuf::from(format!("{path}p{number}"));
+        wait::until("the partition's node", || node.exists());
+        node
+    }
+
+    fn delete_partitions(&self) {
+        for number in 1..=self.partitions {
+            let mut command = Command::new("delpart");
+            command.arg(&self.path).arg(number.to_string());
+            let _ = finish_within(command, Duration::from_secs(20));
+        }
     }
 
     /// Detaches it and waits until the kernel has let go of the file.
     #[track_caller]
     pub fn detach(mut self) {
         self.attached = false;
+        self.delete_partitions();
         run("losetup", [Path::new("-d"), &self.path]).ok();
         let backing = self.backing();
         wait::until("the loop device to let go of its file", || !backing.exists());
@@ -46,6 +68,7 @@ impl LoopDevice {
 impl Drop for LoopDevice {
     fn drop(&mut self) {
         if self.attached {
+            self.delete_partitions();
             let mut command = Command::new("losetup");
             command.arg("-d").arg(&self.path);
             let _ = finish_within(command, Duration::from_secs(20));

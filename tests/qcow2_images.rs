@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use common::command::{long, run};
 use common::compare::allocated_bytes;
@@ -385,4 +386,53 @@ fn a_disk_that_ends_within_a_sector_moves_there_and_back() {
     mounted.unmount();
     check(&b, false);
     assert!(std::fs::read(&c).expect("read") == *table);
+}
+
+/// A process that is stopped until the end of a test, however that ends.
+struct Stopped(Pid);
+
+impl Stopped {
+    fn new(pid: i32) -> Stopped {
+        kill(Pid::from_raw(pid), Signal::SIGSTOP).expect("it runs");
+        Stopped(Pid::from_raw(pid))
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        let _ = kill(self.0, Signal::SIGCONT);
+    }
+}
+
+/// Between the death of a server and the next one all layers of the disk stay locked; once the disk has left them they are not.
+#[test]
+fn backing_files_are_locked_while_there_is_no_server() {
+    let place = Place::in_memory();
+    let base = place.random("base.img", 4 * MIB, 1);
+    let [middle, top, target] = ["middle.qcow2", "top.qcow2", "target.img"].map(|name| place.at(name));
+    for (image, backing, format) in [(&middle, "base.img", "raw"), (&top, "middle.qcow2", "qcow2")] {
+        qemu_img(&["create", "-q", "-f", "qcow2", "-b", backing, "-F", format, text(image)]);
+    }
+    let may_write = |image: &Path, format: &str| {
+        run("qemu-io", ["-f", format, "-c", "write -q 0 512", text(image)]).code == Some(0)
+    };
+    let mounted = Mount::of(&place, [&top]).start();
+    let disk = mounted.first_disk();
+    for _ in 0..2 {
+        let stopped = Stopped::new(mounted.keeper_pid);
+        let server = mortal::strike(mounted.keeper_pid, Signal::SIGKILL);
+        let state = || std::fs::read_to_string(format!("/proc/{server}/stat")).unwrap_or_default();
+        wait::until("the server to be dead", || state().contains(") Z "));
+        assert!(!may_write(&base, "raw") && !may_write(&middle, "qcow2") && !may_write(&top, "qcow2"));
+        drop(stopped);
+        // Waits for the next server; what that one parks is locked too.
+        let file = OpenOptions::new().write(true).open(&disk).expect("open");
+        file.write_all_at(&[7; 512], 512).expect("write");
+    }
+    mounted.mirror(&target, &[]);
+    mounted.cutover();
+    wait::until("the layers that the disk has left to be free", || {
+        may_write(&base, "raw") && may_write(&middle, "qcow2")
+    });
+    mounted.unmount();
 }

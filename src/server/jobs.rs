@@ -60,7 +60,7 @@ impl JobObserver for Jobs {
 
     fn ended(&self, job: &Job, outcome: &LastMirror) {
         if outcome.result != MirrorResult::Completed {
-            self.ledger.unpark(&outcome.target);
+            self.ledger.parking.unpark(&outcome.target);
         }
         self.ledger.mirror_ended(job.volume().name(), outcome);
         self.ledger.remove_old_logs();

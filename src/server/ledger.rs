@@ -6,9 +6,10 @@
 use std::path::Path;
 
 use super::opening::locked_descriptor;
+use super::parking::Parking;
 use crate::error::{Error, Result};
 use crate::fuse::KeeperLink;
-use crate::image::{DescriptorRole, Identity, Image, sync_parent_directory};
+use crate::image::{Identity, Image, sync_parent_directory};
 use crate::mirror::cutover::{CommitFailure, Committer, Ending, PreparedRecord, Switch};
 use crate::mirror::types::{LastMirror, MirrorResult};
 use crate::state::{CommitError, Mark, Marks, MountState, PairMark, Prepared, Store, VolumeState};
@@ -19,7 +20,7 @@ use crate::volume::Volume;
 pub(super) struct Ledger {
     pub(super) store: Store,
     pub(super) marks: Marks,
-    link: Arc<KeeperLink>,
+    pub(super) parking: Parking,
     /// How often the record was changed, in memory at least. Held while it is written.
     pub(super) saving: Mutex<u64>,
     /// Changed under `saving` only.
@@ -38,14 +39,9 @@ struct LedgerRecord {
 /// [`Ledger`] as the mirror knows it.
 pub(super) struct LedgerCommitter(pub(super) Arc<Ledger>);
 
-/// The name under which the keeper parks an image's descriptors: the image's, since a restart looks for what the record names.
-pub(super) fn parking_name(image: &str) -> String {
-    format!("image {image}")
-}
-
 impl Ledger {
     pub(super) fn new(store: Store, marks: Marks, link: Arc<KeeperLink>, state: MountState) -> Arc<Self> {
-        Arc::new(Ledger { store, marks, link, saving: Mutex::new(0), state: Mutex::new(state) })
+        Arc::new(Ledger { store, marks, parking: Parking::new(link), saving: Mutex::new(0), state: Mutex::new(state) })
     }
 
     /// What is known of volume `name`.
@@ -151,24 +147,6 @@ impl Ledger {
         }
     }
 
-    /// Parks what an image offers, so that its locks outlive this server.
-    pub(super) fn park(&self, image: &dyn Image) {
-        for (role, descriptor) in image.descriptors() {
-            if let Err(error) = self.link.park(&parking_name(image.name()), role, descriptor) {
-                log::warn!("{error}");
-            }
-        }
-    }
-
-    /// Lets the keeper close what it parks of an image: its locks end with our own use of it.
-    pub(super) fn unpark(&self, image: &str) {
-        for role in [DescriptorRole::Locked, DescriptorRole::Path] {
-            if let Err(error) = self.link.unpark(&parking_name(image), role) {
-                log::warn!("{error}");
-            }
-        }
-    }
-
     /// What `switches` need to know of the new images. Asks them, and so takes as long as they take: without locks.
     fn look_at(&self, switches: &[Switch]) -> Result<Vec<Found>> {
         let look = |switch: &Switch| {
@@ -226,7 +204,7 @@ impl Committer for LedgerCommitter {
                 sync_parent_directory(&path)?;
             }
             // Parked before the record can name it: a server that dies right after the rename finds it.
-            ledger.park(&*switch.new);
+            ledger.parking.park(&*switch.new);
         }
         let found = if ending == Ending::Switch { ledger.look_at(switches)? } else { Vec::new() };
         // Under the lock: a change of the record after the copy was taken is noticed by the commit.
@@ -261,7 +239,7 @@ impl Committer for LedgerCommitter {
 
     fn switched(&self, switches: &[Switch]) {
         for switch in switches {
-            self.0.unpark(switch.old.name());
+            self.0.parking.unpark(switch.old.name());
             for image in [&switch.old, &switch.new] {
                 let Some(descriptor) = locked_descriptor(&**image) else { continue };
                 let marks = &self.0.marks;

@@ -32,7 +32,7 @@ impl Server {
         // What it is now it stays, whatever a guest writes onto its disk.
         let format = Some(target.image.format());
         let options = MirrorOptions { granularity: Some(granularity), format, ..options };
-        self.ledger.park(&*target.image);
+        self.ledger.parking.park(&*target.image);
         let started = self.pair(volume, &target, &options).and_then(|intent| {
             let setting = self.setting(volume, &target, above_base, intent, None);
             self.run_job(options.clone(), setting).map(drop)
@@ -40,7 +40,7 @@ impl Server {
         started.inspect_err(|_| {
             self.ledger.unpair(volume, Some(&*target.image));
             self.ledger.mirror_did_not_start(volume.name());
-            self.ledger.unpark(target.image.name());
+            self.ledger.parking.unpark(target.image.name());
             target::discard(&target);
         })
     }
@@ -107,7 +107,7 @@ impl Server {
                 Err(error) => {
                     log::error!("{error}; the mirror of {} cannot go on", volume.name());
                     self.ledger.unpair(volume, None);
-                    self.ledger.unpark(&record.options.target);
+                    self.ledger.parking.unpark(&record.options.target);
                     self.ledger.mirror_is_lost(volume.name(), Some(&error));
                 }
             }
@@ -210,7 +210,7 @@ impl Server {
     pub(super) fn give_up(&self, left: &Unfinished, record: &MirrorRecord) -> Result<()> {
         left.give_up(self)?;
         self.forget_unfinished(left);
-        self.ledger.unpark(&record.options.target);
+        self.ledger.parking.unpark(&record.options.target);
         let outcome = LastMirror {
             target: record.options.target.clone(),
             result: MirrorResult::Cancelled,

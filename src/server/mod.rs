@@ -16,6 +16,7 @@ mod ledger;
 mod mirrors;
 mod opening;
 mod pairing;
+mod parking;
 mod phases;
 mod plan;
 mod run;

@@ -16,9 +16,10 @@ use super::backend::Server;
 use super::config::MountConfig;
 use super::departure::Departure;
 use super::elsewhere::{TakenOver, take_over};
-use super::ledger::{Ledger, parking_name};
+use super::ledger::Ledger;
 use super::opening::{OpenedVolume, open_again, open_first};
 use super::pairing::look_at_source;
+use super::parking::parking_name;
 use super::phases::Phases;
 use crate::control::device_names;
 use crate::control::server::ControlServer;
@@ -170,7 +171,7 @@ pub(super) fn prepare(link: &Arc<KeeperLink>, start: Start) -> Result<Prepared> 
         Ok(()) => (),
     }
     for one in &opened {
-        ledger.park(&*one.image);
+        ledger.parking.park(&*one.image);
     }
     // What is parked beyond the images and the targets of unfinished mirrors is used by nobody any more.
     let targets: Vec<_> = opened.iter().map(|one| one.target_name().map(str::to_owned)).collect();
@@ -178,13 +179,9 @@ pub(super) fn prepare(link: &Arc<KeeperLink>, start: Start) -> Result<Prepared> 
         one.parked_target = target.as_ref().and_then(|target| take_parked(&mut parked, target));
     }
     for (name, _, _) in parked {
-        if let Some(image) = name.strip_prefix(&parking_name("")) {
-            let used = opened.iter().any(|one| one.image.name() == image)
-                || targets.iter().flatten().any(|target| target == image);
-            if !used {
-                ledger.unpark(image);
-            }
-        }
+        ledger.parking.inherit(&name, |image| {
+            opened.iter().any(|one| one.image.name() == image) || targets.iter().flatten().any(|target| target == image)
+        });
     }
     Ok(Prepared { ledger, opened, new_state, taken_over })
 }

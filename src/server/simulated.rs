@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 use super::backend::Server;
 use super::config::MountConfig;
 use super::departure::Departure;
-use super::ledger::parking_name;
+use super::parking::parking_name;
 use super::run::{self, Prepared};
 use crate::control::backend::Backend;
 use crate::error::Result;

@@ -175,7 +175,7 @@ impl Unfinished {
             log::error!("{error}");
             server.ledger.unpair(&self.volume, Some(&*target));
             drop(target);
-            server.ledger.unpark(&record.options.target);
+            server.ledger.parking.unpark(&record.options.target);
             return self.end_as_lost(server, Some(&error));
         }
         if let Some(descriptor) = locked_descriptor(&*target) {
@@ -199,7 +199,7 @@ impl Unfinished {
         })?;
         // With what users have told it meanwhile.
         let Some(record) = server.ledger.mirror(self.volume.name()) else { return self.end_as_lost(server, None) };
-        server.ledger.park(&*target);
+        server.ledger.parking.park(&*target);
         server.ledger.raise(self.volume.name(), &*self.volume.active(), &*target)?;
         self.untie.know(&target);
         server.resume_job(self, target, above_base, &record)?;

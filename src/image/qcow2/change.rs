@@ -103,11 +103,10 @@ impl Qcow2Image {
             if rest.is_empty() {
                 continue;
             }
-            let mut bytes = vec![0; in_memory(rest.len())];
             // Past the disk's end there is nothing, whatever the backing file has.
             let on_disk = rest.intersect(ByteRange::new(0, self.size_bytes()));
-            self.read_mapped(on_disk, &mut bytes[..in_memory(on_disk.len())])?;
-            if bytes.iter().any(|&byte| byte != 0) {
+            if let Some(mut bytes) = self.content_unless_zero(on_disk)? {
+                bytes.resize(in_memory(rest.len()), 0);
                 // These bytes are durable where they are now, and must be so where they will be.
                 self.host.write(at(rest), &bytes)?;
                 must_sync = true;
@@ -118,6 +117,24 @@ impl Qcow2Image {
         }
         self.host.write(at(part), data)?;
         if must_sync { self.host.sync() } else { Ok(()) }
+    }
+
+    /// The bytes at `range`, a part of one cluster, of the disk; `None`: they are zeroes. Nothing is read to find out what the tables tell.
+    fn content_unless_zero(&self, range: ByteRange) -> Result<Option<Vec<u8>>> {
+        if range.is_empty() {
+            return Ok(None);
+        }
+        let known = match self.run_at(range)?.place {
+            Place::Zero { .. } => true,
+            Place::Unallocated => self.backing_is_zero(range),
+            Place::Data { .. } | Place::Compressed { .. } => false,
+        };
+        if known {
+            return Ok(None);
+        }
+        let mut bytes = vec![0; in_memory(range.len())];
+        self.read_mapped(range, &mut bytes)?;
+        Ok(bytes.iter().any(|&byte| byte != 0).then_some(bytes))
     }
 
     /// The L2 table in the L1 entry `index`, made, or copied if a snapshot shares it.

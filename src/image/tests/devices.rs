@@ -252,3 +252,20 @@ fn a_device_with_large_blocks_that_cannot_zero_is_written_with_zeroes() {
         assert!(seen.iter().enumerate().all(|(at, &byte)| byte == if (1000..3_900_000).contains(&at) { 0 } else { 7 }));
     }
 }
+
+#[test]
+fn a_qcow2_file_on_a_device_is_refused_by_name() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
+    drop(create(&path, 1 << 20, None, &Layout::default(), &options(CacheMode::Writeback)).unwrap());
+    let Some(device) = LoopDevice::new(4 << 20) else { return };
+    let file = std::fs::read(&path).unwrap();
+    let raw = OpenOptions { format: Some(Format::Raw), ..options(CacheMode::Writeback) };
+    open(device.path(), &raw).unwrap().write_at(0, &file).unwrap();
+    let qcow2 = OpenOptions { format: Some(Format::Qcow2), ..options(CacheMode::Writeback) };
+    let error = open(device.path(), &qcow2).unwrap_err();
+    assert!(error.kind() == ErrorKind::Unsupported && error.to_string().contains("on a block device"), "{error}");
+    assert!(error.to_string().contains(device.path().to_str().unwrap()), "{error}");
+    assert!(error.advice().unwrap().contains("--format raw"), "{error}");
+    open(device.path(), &raw).expect("the device itself is served");
+}

@@ -254,3 +254,20 @@ fn what_lies_beneath_shows_where_no_layer_above_it_has_anything() {
     let base = open(&at("base.img"), &OpenOptions::default()).unwrap();
     assert_eq!(shown_beneath(&*base, 1), []);
 }
+
+#[test]
+fn a_disk_with_a_backing_file_keeps_its_size() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
+    std::fs::write(directory.path().join("base.img"), vec![5; 1 << 20]).unwrap();
+    if new_file(&path, "backing_file=base.img,backing_fmt=raw", 1 << 20).is_none() {
+        return;
+    }
+    let image = open_qcow2(&path, CacheMode::Writeback);
+    assert!(!image.properties().resizable);
+    for size in [2 << 20, 1 << 19] {
+        let error = image.resize(size).unwrap_err();
+        assert!(error.kind() == ErrorKind::Unsupported && error.to_string().contains("with a backing file"), "{error}");
+    }
+    assert_eq!(image.size_bytes(), 1 << 20);
+}

@@ -83,7 +83,6 @@ impl DeviceLimits {
             granule_offset: number(&own.join("discard_alignment")).map_or(0, |offset| offset % granule),
             discard_max: match (queue("discard_max_bytes"), zeroing_max) {
                 // Giving space back so that it reads as zeroes takes both.
-                (_, Some(0)) => Some(0),
                 (Some(max), zeroing) if max > 0 => {
                     Some([zeroing, unmapping_max].into_iter().flatten().fold(max, u64::min))
                 }

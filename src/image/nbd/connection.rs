@@ -20,7 +20,7 @@ use std::time::Duration;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::call::{Answer, Call, Reply};
-use super::ends::{OpenEnd, User};
+use super::ends::{Ended, OpenEnd, User};
 use crate::error::Error;
 use crate::sync::{Arc, Instant, Mutex};
 use crate::sys::libnbd::{Finished, Handle, Library, Outcome, Refusal};
@@ -84,6 +84,8 @@ pub(super) struct End {
     pub(super) reason: String,
     /// Changes were under way, and nobody knows what the server may still do with them.
     pub(super) unknown: bool,
+    /// The connection, parked until whoever comes next has all that it may have lost. `None`: its end was not read.
+    pub(super) ended: Option<Ended>,
 }
 
 /// Why there is no connection.
@@ -371,11 +373,11 @@ impl Driver {
             queue.ended = true;
             std::mem::take(&mut queue.calls)
         };
-        let reason = match read {
-            Ok(()) => reason,
-            Err(error) => format!("{reason}, and its end cannot be read ({error})"),
+        let (reason, ended) = match read {
+            Ok(ended) => (reason, Some(ended)),
+            Err(error) => (format!("{reason}, and its end cannot be read ({error})"), None),
         };
-        on_end(End { reason, unknown });
+        on_end(End { reason, unknown, ended });
         for call in running.into_values() {
             call.answer(answer.clone());
             if unknown {

@@ -2,9 +2,11 @@
 //!
 //! ```text
 //! connection made ──> registered, its socket parked with the keeper ──> first request
-//! connection over ──> half-closed ──> its end is read ──> unparked, forgotten ──> the next one may write
+//! connection over ──> half-closed ──> its end is read ──> the next one may write; unparked when that has all that this one may have lost
 //! server killed   ──> the next server inherits the sockets, half-closes each and reads its end before it opens the export
 //! ```
+//!
+//! One that is over already when it is inherited tells that the NBD server went away, with nobody left who could send again what it lost.
 //!
 //! A server's end of the connection is its word that it is done (the protocol: it handles all outstanding requests before
 //! it closes). A reset counts as the same: nobody is there any more to do anything. When the *kernel* gives a silent host up nobody knows.
@@ -36,6 +38,8 @@ pub trait Parking: Send + Sync {
 const NAME: &str = "nbd ";
 
 static OPEN: Mutex<Vec<Entry>> = Mutex::new(Vec::new());
+/// Inherited ones that were over already, with the key of their export.
+static OVER: Mutex<Vec<(String, Ended)>> = Mutex::new(Vec::new());
 static CHANGED: Condvar = Condvar::new();
 static PARKING: Mutex<Option<Arc<dyn Parking>>> = Mutex::new(None);
 static NEXT: AtomicU64 = AtomicU64::new(0);
@@ -104,6 +108,21 @@ pub(super) struct OpenEnd {
     socket: OwnedFd,
 }
 
+/// A connection whose end was read. It stays parked until this is dropped.
+#[derive(Debug)]
+#[must_use]
+pub(super) struct Ended {
+    name: String,
+}
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        if let Some(parking) = &*PARKING.lock() {
+            parking.unpark(&self.name);
+        }
+    }
+}
+
 /// From now on sockets are parked there.
 pub fn park_with(parking: Arc<dyn Parking>) {
     *PARKING.lock() = Some(parking);
@@ -120,10 +139,21 @@ pub fn inherit(name: &str, socket: OwnedFd) -> Result<(), OwnedFd> {
     };
     let place = Place::of(uri, socket.as_fd());
     OPEN.lock().push(Entry { name: name.to_owned(), uri: uri.to_owned(), place, user: None });
+    let was_over = is_over(socket.as_fd());
     let end = OpenEnd { name: name.to_owned(), socket };
     let shown = uri.to_owned();
+    if was_over {
+        log::warn!("{shown}: the connection of the server before was lost already");
+        OVER.lock().push((uri::key(uri), Ended { name: name.to_owned() }));
+    }
     let read = move || match end.read() {
-        Ok(()) => log::info!("{shown}: the connection of the server before has ended"),
+        Ok(ended) => {
+            log::info!("{shown}: the connection of the server before has ended");
+            if was_over {
+                // The other one of that name keeps it parked.
+                std::mem::forget(ended);
+            }
+        }
         Err(error) => log::error!("{shown}: the end of the connection of the server before cannot be read: {error}"),
     };
     if let Err(error) = std::thread::Builder::new().name("nbd-end".into()).stack_size(256 << 10).spawn(read) {
@@ -149,6 +179,23 @@ pub(super) fn wait_for_all(uri: &str, patience: Duration) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// True if the other end has closed it, or is gone.
+fn is_over(socket: BorrowedFd<'_>) -> bool {
+    let mut polled = [PollFd::new(socket, PollFlags::from_bits_retain(libc::POLLRDHUP))];
+    let _ = poll(&mut polled, PollTimeout::ZERO);
+    // That one flag has no name there, so events with it are none that are known.
+    polled[0].revents().is_none_or(|events| !events.is_empty())
+}
+
+/// Inherited connections to the export of `uri` that were over already. They are told of once.
+pub(super) fn take_over(uri: &str) -> Vec<Ended> {
+    let key = uri::key(uri);
+    let mut over = OVER.lock();
+    let (taken, rest) = std::mem::take(&mut *over).into_iter().partition(|(other, _)| *other == key);
+    *over = rest;
+    taken.into_iter().map(|(_, ended): (String, Ended)| ended).collect()
 }
 
 impl OpenEnd {
@@ -190,7 +237,7 @@ impl OpenEnd {
     ///
     /// # Errors
     /// The kernel gave the connection up: nobody knows what the server may still do. It stays registered.
-    pub(super) fn read(self) -> io::Result<()> {
+    pub(super) fn read(self) -> io::Result<Ended> {
         self.half_close();
         let mut buffer = vec![0; 64 << 10];
         loop {
@@ -208,10 +255,7 @@ impl OpenEnd {
         }
         OPEN.lock().retain(|entry| entry.name != self.name);
         CHANGED.notify_all();
-        if let Some(parking) = &*PARKING.lock() {
-            parking.unpark(&self.name);
-        }
-        Ok(())
+        Ok(Ended { name: self.name })
     }
 }
 
@@ -251,6 +295,28 @@ mod tests {
     }
 
     #[test]
+    fn a_connection_that_was_over_when_it_was_inherited_is_told_of_once() {
+        let uri = "nbd://ends.test/over";
+        let inherited = |number: u32| {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            (format!("{NAME}{number}.0 {uri}"), OwnedFd::from(ours), theirs)
+        };
+        let (name, ours, theirs) = inherited(1);
+        inherit(&name, ours).unwrap();
+        drop(theirs);
+        wait_for_all(uri, Duration::from_secs(60)).unwrap();
+        assert!(take_over(uri).is_empty(), "its end came after it was inherited");
+        let (name, ours, mut theirs) = inherited(2);
+        theirs.write_all(&[0; 100]).unwrap();
+        drop(theirs);
+        inherit(&name, ours).unwrap();
+        wait_for_all(uri, Duration::from_secs(60)).unwrap();
+        assert!(take_over("nbd://ends.test/another").is_empty());
+        assert_eq!(take_over(uri).len(), 1);
+        assert!(take_over(uri).is_empty());
+    }
+
+    #[test]
     fn an_export_is_known_by_who_answers() {
         let listener = TcpListener::bind("[::]:0").unwrap();
         let port = listener.local_addr().unwrap().port();
@@ -269,7 +335,7 @@ mod tests {
         let observer = OpenEnd::new(&uri("other.test", "a"), connect("127.0.0.1"), User::new(true)).unwrap();
         drop(listener);
         for end in [first, second, other, observer] {
-            end.read().unwrap();
+            drop(end.read().unwrap());
         }
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();

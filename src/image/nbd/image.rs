@@ -4,7 +4,7 @@ use std::time::{Duration, SystemTime};
 
 use super::change::{Change, Trouble};
 use super::connection::NoConnection;
-use super::ends::User;
+use super::ends::{Ended, User};
 use super::extents::{self, Extents};
 use super::link::{Link, Patience};
 use super::ranges::Held;
@@ -43,6 +43,11 @@ impl NbdImage {
         let size_bytes = link.export().size_bytes;
         let (extents, opened, owed) = (Extents::default(), SystemTime::now(), Mutex::new(None));
         Ok(NbdImage { uri: uri.to_owned(), link, patience, writable, size_bytes, extents, opened, owed })
+    }
+
+    /// A server of ours that used this export has died; `ended`: its connections that were over before this one came.
+    pub(super) fn take_over(&self, ended: Vec<Ended>) {
+        self.link.take_over(ended);
     }
 
     /// True if the server refuses writes.
@@ -295,7 +300,8 @@ impl Image for NbdImage {
             return Err(failed(Trouble::Silent));
         }
         let flushed = self.link.flush().map_err(failed);
-        match self.owed.lock().take() {
+        let owed = self.owed.lock().take();
+        match self.link.left_behind.take(&self.uri).or(owed) {
             Some(owed) => Err(owed),
             None => flushed,
         }

@@ -22,8 +22,9 @@ use std::time::Duration;
 use super::call::{Answer, Call, Reply};
 use super::change::{Carrier, Change, Trouble, carry_out};
 use super::connection::{Connection, End, Export, NoConnection};
-use super::ends::User;
+use super::ends::{Ended, User};
 use super::kept::Kept;
+use super::left_behind::LeftBehind;
 use super::ranges::{Held, Ranges};
 use crate::sync::{Arc, Condvar, Instant, Mutex, wait_until};
 use crate::sys::libnbd::{Command, Library};
@@ -69,6 +70,7 @@ pub(super) struct Link {
     state: Mutex<State>,
     changed: Condvar,
     kept: Kept,
+    pub(super) left_behind: LeftBehind,
     pub(super) ranges: Arc<Ranges>,
     given_up: AtomicU64,
 }
@@ -83,6 +85,8 @@ struct State {
     export: Export,
     /// How long servers that had come back were busy with what was sent again: no request's time runs then.
     busy: Duration,
+    /// One that was lost, until the next ones have what it may have lost.
+    lost: Option<Ended>,
 }
 
 enum Phase {
@@ -145,9 +149,11 @@ impl Link {
                 generation: 0,
                 export,
                 busy: Duration::ZERO,
+                lost: None,
             }),
             changed: Condvar::new(),
             kept: Kept::default(),
+            left_behind: LeftBehind::default(),
             ranges: Arc::default(),
             given_up: AtomicU64::new(0),
         });
@@ -198,7 +204,7 @@ impl Link {
         }
     }
 
-    fn note_end(&self, generation: u64, end: End) {
+    fn note_end(&self, generation: u64, mut end: End) {
         let mut state = self.state.lock();
         debug_assert_eq!(state.generation, generation, "a connection outlived its generation");
         state.ended += 1;
@@ -214,6 +220,7 @@ impl Link {
             }
             Phase::Up => {
                 log::warn!("{}: the connection is lost: {}", self.uri, end.reason);
+                state.lost = self.left_behind.connection_ended(&end.reason, end.ended.take());
                 let since = Instant::now();
                 state.phase = Phase::Down { since, alive: since, answers: 0, reason: end.reason };
             }
@@ -341,8 +348,31 @@ impl Link {
         let result = self.run(vec![Command::Flush], None).map(drop);
         if matches!(result, Ok(()) | Err(Trouble::Server(_) | Trouble::Refused(_))) {
             self.kept.settle(&covered);
+            self.left_behind.settled();
         }
         result
+    }
+
+    /// A server of ours that used this export before has died: what it left is flushed, by a thread of its own. No start waits for it.
+    pub(super) fn take_over(self: &Arc<Self>, ended: Vec<Ended>) {
+        if !self.export().keeps() {
+            return;
+        }
+        self.left_behind.inherit(ended);
+        let link = self.clone();
+        let flush = move || match link.flush() {
+            Ok(()) => log::debug!("{}: what the server before had written is durable", link.uri),
+            Err(trouble) => {
+                log::error!("{}: what the server before had written cannot be flushed: {trouble}", link.uri);
+                if matches!(trouble, Trouble::Server(_) | Trouble::Refused(_)) {
+                    link.left_behind.owe(trouble.to_string());
+                }
+            }
+        };
+        if let Err(error) = std::thread::Builder::new().name("nbd-flush".into()).stack_size(256 << 10).spawn(flush) {
+            // The guest's own flush will do.
+            log::error!("cannot start a thread: {error}");
+        }
     }
 
     /// Ends what is under way: its callers are told at once, the server's end of it is waited for.
@@ -359,6 +389,7 @@ impl Link {
         let connections = {
             let mut state = self.state.lock();
             state.phase = Phase::Closed;
+            state.lost = None;
             std::mem::take(&mut state.connections)
         };
         self.changed.notify_all();

@@ -14,7 +14,7 @@
 //! |---|---|
 //! | this server | the NBD server: it has the write, in its cache at least |
 //! | the NBD server, with its cache (`kept.rs`, `replay.rs`) | this server: everything since the last flush is kept and sent again, in order where it overlaps, before anything else is |
-//! | both | nothing, unless the guest flushed: as with a local disk in a power cut |
+//! | both | nothing, unless a flush came between: the guest's, or the one with which each new server begins (`left_behind.rs`). If it was lost the guest's next flush fails, once |
 //!
 //! What was flushed, everybody has. FUA is used where a server offers it and no flush: then every write carries it, and nothing
 //! has to be kept. For all others FUA on every write would cost a flush each, to survive what no disk survives. What is kept is
@@ -50,6 +50,7 @@ mod ends;
 mod extents;
 mod image;
 mod kept;
+mod left_behind;
 mod link;
 mod ranges;
 mod replay;
@@ -120,6 +121,12 @@ pub(super) fn open(place: &Path, options: &OpenOptions) -> Result<Arc<dyn Image>
     }
     if options.format.is_none() {
         refuse_qcow2(&image, name)?;
+    }
+    if options.role != Role::Observer {
+        let over = ends::take_over(name);
+        if options.insist && options.writable {
+            image.take_over(over);
+        }
     }
     Ok(Arc::new(image))
 }

@@ -71,6 +71,7 @@ impl Link {
         if let Phase::Down { since, .. } = &state.phase {
             log::info!("{}: connected again after {:.1} s", self.uri, since.elapsed().as_secs_f64());
             state.phase = Phase::Up;
+            state.lost = None;
         }
         self.changed.notify_all();
         Ok(())

@@ -298,6 +298,56 @@ fn another_export_in_its_place_is_refused() {
     eventually("the right one to be taken", || image.write_at(0, &[1; 512]).is_ok());
 }
 
+/// An image of an export that another one has written to, and left without a flush.
+fn heir(server: &Server) -> Option<NbdImage> {
+    let image = patient(server)?;
+    image.write_at(0, &[1; 4096]).unwrap();
+    drop(image);
+    super::ends::wait_for_all(&server.uri(), LONG).unwrap();
+    patient(server)
+}
+
+#[test]
+fn what_a_server_of_ours_left_unflushed_is_flushed_by_the_next_one() {
+    let mut server = Server::new(SIZE, FLUSH);
+    let Some(image) = heir(&server) else { return };
+    image.take_over(Vec::new());
+    eventually("the flush", || server.seen().iter().any(|seen| seen.kind == FLUSHED));
+    // It was answered before anything else is, on this connection.
+    assert_eq!(read(&image, 0, 512), [1; 512]);
+    server.kill();
+    server.restart();
+    image.flush().unwrap();
+    assert_eq!(server.content()[..4096], [1; 4096]);
+}
+
+#[test]
+fn what_is_lost_before_that_flush_is_told_by_the_guests_next_one_and_once() {
+    let mut server = Server::new(SIZE, FLUSH);
+    let Some(image) = heir(&server) else { return };
+    server.hold(FLUSHED);
+    image.take_over(Vec::new());
+    server.wait_for_held(1);
+    server.kill();
+    server.restart();
+    let error = image.flush().unwrap_err();
+    assert_eq!(error.errno(), libc::EIO);
+    assert!(error.to_string().contains("may be lost") && error.to_string().contains(&server.uri()), "{error}");
+    image.flush().unwrap();
+    // A flush that fails where nobody waits for it is told as well.
+    drop(image);
+    super::ends::wait_for_all(&server.uri(), LONG).unwrap();
+    let image = patient(&server).unwrap();
+    server.fail(Some((FLUSHED, 5)));
+    let before = server.seen().len();
+    image.take_over(Vec::new());
+    eventually("the flush", || server.seen().len() > before);
+    assert_eq!(read(&image, 0, 512), [0; 512]);
+    server.fail(None);
+    eventually("the failure to be told", || image.flush().is_err());
+    image.flush().unwrap();
+}
+
 #[test]
 fn where_nothing_is_ever_durable_nothing_is_written() {
     let Ok(_) = libnbd::library() else { return };

@@ -6,7 +6,8 @@ mod common;
 use std::path::Path;
 use std::time::Duration;
 
-use common::command::{is_root, run};
+use common::command::is_root;
+use common::host::Host;
 use common::mounted::Mount;
 use common::nbd::{Server, certificates};
 use common::pattern::{self, Habits, Load, Table};
@@ -16,61 +17,6 @@ use common::random;
 const SIZE: u64 = 64 << 20;
 /// How long the link is cut.
 const CUT: Duration = Duration::from_secs(1);
-
-/// Another host: a network namespace, and a link to it.
-struct Host {
-    name: String,
-    link: String,
-    net: u8,
-}
-
-impl Host {
-    /// `None`: this kernel, or this container, does not allow it.
-    fn new() -> Option<Self> {
-        let number = std::process::id() % 60_000;
-        let net = u8::try_from(number % 250).expect("less than 250") + 1;
-        let host = Host { name: format!("lm{number}"), link: format!("lm{number}"), net };
-        let peer = format!("{}p", host.link);
-        let (ours, theirs) = (format!("10.213.{net}.1/30"), format!("10.213.{net}.2/30"));
-        let name = host.name.as_str();
-        let words: [&[&str]; 6] = [
-            &["netns", "add", name],
-            &["link", "add", &host.link, "type", "veth", "peer", "name", &peer, "netns", name],
-            &["address", "add", &ours, "dev", &host.link],
-            &["link", "set", &host.link, "up"],
-            &["-n", name, "address", "add", &theirs, "dev", &peer],
-            &["-n", name, "link", "set", &peer, "up"],
-        ];
-        for words in words {
-            let done = run("ip", words.iter().copied());
-            if done.code != Some(0) {
-                eprintln!("SKIPPED: no network namespace can be made here: {done}");
-                return None;
-            }
-        }
-        Some(host)
-    }
-
-    fn address(&self) -> String {
-        format!("10.213.{}.2", self.net)
-    }
-
-    fn cut(&self) {
-        run("ip", ["link", "set", &self.link, "down"]).ok();
-    }
-
-    fn mend(&self) {
-        run("ip", ["link", "set", &self.link, "up"]).ok();
-    }
-}
-
-impl Drop for Host {
-    fn drop(&mut self) {
-        // The link goes with it.
-        let _ = run("ip", ["netns", "del", &self.name]);
-        let _ = run("ip", ["link", "del", &self.link]);
-    }
-}
 
 #[test]
 fn a_disk_moves_to_another_host_while_the_link_is_cut() {

@@ -6,4 +6,5 @@ pub mod libnbd;
 pub mod populate;
 pub mod process;
 pub mod shared_page;
+pub mod tcp;
 pub mod uncached;

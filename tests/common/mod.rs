@@ -11,6 +11,7 @@ pub mod command;
 pub mod compare;
 pub mod database;
 pub mod holder;
+pub mod host;
 pub mod leftovers;
 pub mod mmap;
 pub mod mortal;

@@ -23,6 +23,7 @@ pub struct Mount<'a> {
     options: Vec<OsString>,
     ready_made: bool,
     user: Option<String>,
+    network: Option<String>,
     program: PathBuf,
 }
 
@@ -37,6 +38,7 @@ impl<'a> Mount<'a> {
             options: Vec::new(),
             ready_made: false,
             user: None,
+            network: None,
             program: PathBuf::from(command::binary()),
         }
     }
@@ -64,6 +66,12 @@ impl<'a> Mount<'a> {
     /// As another user. Everything in the place is given to that user first.
     pub fn by(mut self, user: &str) -> Self {
         self.user = Some(user.to_owned());
+        self
+    }
+
+    /// In a network namespace, as `ip netns` calls it. All else is this host's.
+    pub fn in_network(mut self, name: &str) -> Self {
+        self.network = Some(name.to_owned());
         self
     }
 
@@ -108,7 +116,14 @@ impl<'a> Mount<'a> {
         let arguments = self.words();
         match &self.user {
             None => {
-                let mut command = Command::new(&self.program);
+                let mut command = match &self.network {
+                    None => Command::new(&self.program),
+                    Some(network) => {
+                        let mut command = Command::new("nsenter");
+                        command.arg(format!("--net=/run/netns/{network}")).arg(&self.program);
+                        command
+                    }
+                };
                 command.args(arguments);
                 command::finish(command)
             }

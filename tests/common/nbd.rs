@@ -50,11 +50,16 @@ impl Server {
     /// `nbdkit ARGUMENTS` at a free port of this host.
     #[track_caller]
     pub fn nbdkit_tcp(arguments: &[&str]) -> Self {
+        Server::nbdkit_on("127.0.0.1", arguments)
+    }
+
+    /// `nbdkit ARGUMENTS` at a free port of one address of this host.
+    #[track_caller]
+    pub fn nbdkit_on(address: &str, arguments: &[&str]) -> Self {
         let port = free_port();
-        let mut words =
-            vec!["-f".to_owned(), "-i".to_owned(), "127.0.0.1".to_owned(), "-p".to_owned(), port.to_string()];
+        let mut words = vec!["-f".to_owned(), "-i".to_owned(), address.to_owned(), "-p".to_owned(), port.to_string()];
         words.extend(arguments.iter().map(|word| (*word).to_owned()));
-        Server::start("nbdkit", words, At::Port((Ipv4Addr::LOCALHOST, port).into()))
+        Server::start("nbdkit", words, At::Port(SocketAddr::new(address.parse().expect("an address"), port)))
     }
 
     /// `qemu-nbd` of an image at a socket called `name` in `place`.

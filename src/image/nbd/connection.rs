@@ -17,6 +17,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::call::{Answer, Call, Reply};
@@ -171,7 +172,11 @@ impl Connection {
             }
             // Each address of a host has a socket of its own.
             let socket = handle.socket().map_err(|error| error.to_string())?;
-            step(&mut handle, socket.as_fd(), None, Some(left), &mut reason);
+            step(&mut handle, socket.as_fd(), None, Some(left), &mut |_, refusal| {
+                if let Some(refusal) = refusal {
+                    reason.get_or_insert(refusal.text);
+                }
+            });
         }
         let export = Export::of(&handle).map_err(|refusal| refusal.text)?;
         let socket = handle.socket().map_err(|error| error.to_string())?;
@@ -232,13 +237,14 @@ impl Shared {
     }
 }
 
-/// Waits for what the handle waits for, up to `limit` (`None`: as long as it takes), and lets it go on.
+/// Waits for what the handle waits for, up to `limit` (`None`: as long as it takes), and lets it go on. `hear` is told what the kernel says
+/// of the socket before the library can read an error off it, and then what the library refuses.
 fn step(
     handle: &mut Handle,
     socket: BorrowedFd<'_>,
     woken: Option<&UnixStream>,
     limit: Option<Duration>,
-    reason: &mut Option<String>,
+    hear: &mut dyn FnMut(PollFlags, Option<Refusal>),
 ) {
     let (read, write) = handle.direction();
     let mut wanted = PollFlags::empty();
@@ -255,6 +261,7 @@ fn step(
         let mut drained = [0; 64];
         while woken.is_some_and(|mut woken| woken.read(&mut drained).is_ok_and(|len| len == drained.len())) {}
     }
+    hear(events, None);
     let trouble = PollFlags::POLLHUP | PollFlags::POLLERR | PollFlags::POLLNVAL;
     let result = if read && events.intersects(PollFlags::POLLIN | trouble) {
         handle.notify_read()
@@ -264,8 +271,36 @@ fn step(
         Ok(())
     };
     if let Err(refusal) = result {
-        reason.get_or_insert(refusal.text);
+        hear(PollFlags::empty(), Some(refusal));
     }
+}
+
+/// What the thread has heard of its connection's end.
+#[derive(Default)]
+struct Heard {
+    /// In the words of libnbd, or ours.
+    reason: Option<String>,
+    /// The kernel's error number.
+    fault: Option<Errno>,
+}
+
+impl Heard {
+    fn note(&mut self, end: &OpenEnd, events: PollFlags, refusal: Option<Refusal>) {
+        // It says so once: to us, or to the library in the moment after poll(2).
+        if events.contains(PollFlags::POLLERR) {
+            self.fault = self.fault.or_else(|| end.fault());
+        }
+        if let Some(Refusal { text, errno }) = refusal {
+            self.fault = self.fault.or(Some(Errno::from_raw(errno)).filter(|errno| gave_up(*errno)));
+            self.reason.get_or_insert(text);
+        }
+    }
+}
+
+/// True for what the kernel says of a connection that it ends without a word of the other end.
+fn gave_up(errno: Errno) -> bool {
+    use Errno::{ECONNABORTED, EHOSTDOWN, EHOSTUNREACH, ENETDOWN, ENETUNREACH, ETIMEDOUT};
+    matches!(errno, ETIMEDOUT | EHOSTUNREACH | EHOSTDOWN | ENETUNREACH | ENETDOWN | ECONNABORTED)
 }
 
 /// The thread's side.
@@ -281,7 +316,7 @@ struct Driver {
 
 impl Driver {
     fn run(mut self, on_end: impl FnOnce(End)) {
-        let mut reason = None;
+        let mut heard = Heard::default();
         let mut said = false;
         while !self.handle.has_ended() {
             let (calls, wish) = {
@@ -291,16 +326,16 @@ impl Driver {
                 (calls, queue.wish)
             };
             for call in calls {
-                self.start(call, &mut reason);
+                self.start(call, &mut heard);
             }
             match wish {
                 Wish::Cut => {
-                    reason.get_or_insert_with(|| "it was given up".to_owned());
+                    heard.reason.get_or_insert_with(|| "it was given up".to_owned());
                     break;
                 }
                 Wish::Close if !said => {
                     said = true;
-                    reason.get_or_insert_with(|| "it was closed".to_owned());
+                    heard.reason.get_or_insert_with(|| "it was closed".to_owned());
                     if self.handle.disconnect().is_err() {
                         break;
                     }
@@ -309,14 +344,15 @@ impl Driver {
             }
             self.hand_out();
             if !self.handle.has_ended() {
-                step(&mut self.handle, self.end.socket(), Some(&self.woken), None, &mut reason);
+                let Driver { handle, end, woken, .. } = &mut self;
+                step(handle, end.socket(), Some(woken), None, &mut |events, refusal| heard.note(end, events, refusal));
                 self.hand_out();
             }
         }
-        self.finish(reason.unwrap_or_else(|| "the server closed the connection".to_owned()), on_end);
+        self.finish(heard, on_end);
     }
 
-    fn start(&mut self, call: Arc<Call>, reason: &mut Option<String>) {
+    fn start(&mut self, call: Arc<Call>, heard: &mut Heard) {
         let id = self.next;
         self.next += 1;
         if let Err(refusal) = self.handle.start(id, &call.command) {
@@ -325,7 +361,7 @@ impl Driver {
                 self.shared.queue.lock().load -= 1;
                 return call.answer(Answer::Refused(refusal.text));
             }
-            reason.get_or_insert(refusal.text);
+            heard.note(&self.end, PollFlags::empty(), Some(refusal));
         }
         self.running.insert(id, call);
     }
@@ -351,7 +387,7 @@ impl Driver {
         }
     }
 
-    fn finish(self, reason: String, on_end: impl FnOnce(End)) {
+    fn finish(self, heard: Heard, on_end: impl FnOnce(End)) {
         let Driver { handle, end, finished, shared, mut running, .. } = self;
         // Closing gives all operations back; the duplicate keeps the socket open.
         drop(handle);
@@ -365,17 +401,20 @@ impl Driver {
                 call.answer(answer);
             }
         }
-        let read = end.read();
+        let read = end.read(heard.fault);
         let unknown = read.is_err() && running.values().any(|call| call.changes());
+        // Where nothing was under way nothing can land late, whatever became of the connection.
+        let ended = (!unknown).then(|| end.forget());
         let answer = if unknown { Answer::Lost } else { Answer::Ended };
         let waiting = {
             let mut queue = shared.queue.lock();
             queue.ended = true;
             std::mem::take(&mut queue.calls)
         };
-        let (reason, ended) = match read {
-            Ok(ended) => (reason, Some(ended)),
-            Err(error) => (format!("{reason}, and its end cannot be read ({error})"), None),
+        let reason = heard.reason.unwrap_or_else(|| "the server closed the connection".to_owned());
+        let reason = match read {
+            Ok(()) => reason,
+            Err(error) => format!("{reason}, and its end cannot be read ({error})"),
         };
         on_end(End { reason, unknown, ended });
         for call in running.into_values() {

@@ -10,6 +10,8 @@
 //!
 //! A server's end of the connection is its word that it is done (the protocol: it handles all outstanding requests before
 //! it closes). A reset counts as the same: nobody is there any more to do anything. When the *kernel* gives a silent host up nobody knows.
+//! It tells so once, to whoever reads first, and shows an end like any other afterwards: so who drives the connection passes on what it
+//! heard, and for a TCP connection the kernel is asked how it came to be closed.
 
 use std::io;
 use std::net::TcpStream;
@@ -20,11 +22,12 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{MsgFlags, Shutdown, SockaddrStorage, getpeername, recv, shutdown};
+use nix::sys::socket::{MsgFlags, Shutdown, SockaddrStorage, getpeername, getsockopt, recv, shutdown, sockopt};
 use parking_lot::{Condvar, Mutex};
 
 use super::uri;
 use crate::error::{Error, ErrorKind, Result};
+use crate::sys::tcp;
 
 /// Keeps sockets beyond the death of this process.
 pub trait Parking: Send + Sync {
@@ -101,7 +104,7 @@ fn peer(socket: BorrowedFd<'_>) -> Option<String> {
     Some(if local { format!("this host:{port}") } else { format!("{address}:{port}") })
 }
 
-/// A connection whose end has not been read. Dropped, it stays registered: only [`OpenEnd::read`] ends that.
+/// A connection whose end has not been read. Dropped, it stays registered: only [`OpenEnd::forget`] ends that.
 #[derive(Debug)]
 pub(super) struct OpenEnd {
     name: String,
@@ -146,9 +149,10 @@ pub fn inherit(name: &str, socket: OwnedFd) -> Result<(), OwnedFd> {
         log::warn!("{shown}: the connection of the server before was lost already");
         OVER.lock().push((uri::key(uri), Ended { name: name.to_owned() }));
     }
-    let read = move || match end.read() {
-        Ok(ended) => {
+    let read = move || match end.read(None) {
+        Ok(()) => {
             log::info!("{shown}: the connection of the server before has ended");
+            let ended = end.forget();
             if was_over {
                 // The other one of that name keeps it parked.
                 std::mem::forget(ended);
@@ -233,30 +237,49 @@ impl OpenEnd {
         let _ = shutdown(self.socket.as_raw_fd(), Shutdown::Write);
     }
 
-    /// Half-closes, and reads whatever comes until the server closes too, however long that takes.
+    /// What the kernel says is wrong with the connection; it says that once.
+    pub(super) fn fault(&self) -> Option<Errno> {
+        getsockopt(&self.socket, sockopt::SocketError).ok().filter(|number| *number != 0).map(Errno::from_raw)
+    }
+
+    /// Half-closes, and reads whatever comes until the server closes too, however long that takes. `fault`: what the kernel has
+    /// said of this connection to whoever used it.
     ///
     /// # Errors
-    /// The kernel gave the connection up: nobody knows what the server may still do. It stays registered.
-    pub(super) fn read(self) -> io::Result<Ended> {
+    /// The kernel gave the connection up: nobody knows what the server may still do.
+    pub(super) fn read(&self, fault: Option<Errno>) -> io::Result<()> {
+        match fault.or_else(|| self.fault()) {
+            Some(errno) => return if is_end(errno) { Ok(()) } else { Err(errno.into()) },
+            None if tcp::was_given_up(self.socket.as_fd())? => return Err(Errno::ETIMEDOUT.into()),
+            None => (),
+        }
         self.half_close();
         let mut buffer = vec![0; 64 << 10];
         loop {
             match recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT) {
-                Ok(0) => break,
+                Ok(0) => return Ok(()),
                 Ok(_) | Err(Errno::EINTR) => (),
                 Err(Errno::EAGAIN) => {
                     let mut polled = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
                     let _ = poll(&mut polled, PollTimeout::NONE);
                 }
-                // The peer is gone, with all that it was about to do.
-                Err(Errno::ECONNRESET | Errno::EPIPE | Errno::ENOTCONN) => break,
+                Err(errno) if is_end(errno) => return Ok(()),
                 Err(errno) => return Err(errno.into()),
             }
         }
+    }
+
+    /// Nothing that was sent over it can be done any more: another one may write.
+    pub(super) fn forget(self) -> Ended {
         OPEN.lock().retain(|entry| entry.name != self.name);
         CHANGED.notify_all();
-        Ok(Ended { name: self.name })
+        Ended { name: self.name }
     }
+}
+
+/// The peer is gone, with all that it was about to do.
+fn is_end(errno: Errno) -> bool {
+    matches!(errno, Errno::ECONNRESET | Errno::EPIPE | Errno::ENOTCONN)
 }
 
 /// How long a new image waits for the connections of the one before.
@@ -316,6 +339,38 @@ mod tests {
         assert!(take_over(uri).is_empty());
     }
 
+    /// A connection that the kernel gives up: its other end takes nothing.
+    fn given_up(uri: &str) -> (OpenEnd, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut ours = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (theirs, _) = listener.accept().unwrap();
+        nix::sys::socket::setsockopt(&ours, sockopt::TcpUserTimeout, &100).unwrap();
+        ours.set_nonblocking(true).unwrap();
+        while ours.write(&[0; 64 << 10]).is_ok() {}
+        let end = OpenEnd::new(uri, ours.into(), User::new(false)).unwrap();
+        let mut polled = [PollFd::new(end.socket(), PollFlags::empty())];
+        poll(&mut polled, PollTimeout::NONE).unwrap();
+        (end, theirs)
+    }
+
+    #[test]
+    fn a_connection_that_the_kernel_gave_up_has_no_end() {
+        let uri = "nbd://ends.test/given-up";
+        let (end, _theirs) = given_up(uri);
+        assert_eq!(end.read(None).unwrap_err().raw_os_error(), Some(libc::ETIMEDOUT));
+        assert_eq!(wait_for_all(uri, Duration::ZERO).unwrap_err().kind(), ErrorKind::Locked);
+        drop(end.forget());
+        wait_for_all(uri, Duration::ZERO).unwrap();
+        // Whoever used it was told before: from then on it looks like any other end.
+        let (end, _theirs) = given_up(uri);
+        let fault = end.fault();
+        assert_eq!(fault, Some(Errno::ETIMEDOUT));
+        assert_eq!(recv(end.socket.as_raw_fd(), &mut [0; 10], MsgFlags::MSG_DONTWAIT), Ok(0));
+        assert_eq!(end.read(fault).unwrap_err().raw_os_error(), Some(libc::ETIMEDOUT));
+        end.read(Some(Errno::ECONNRESET)).unwrap();
+        drop(end.forget());
+    }
+
     #[test]
     fn an_export_is_known_by_who_answers() {
         let listener = TcpListener::bind("[::]:0").unwrap();
@@ -335,7 +390,8 @@ mod tests {
         let observer = OpenEnd::new(&uri("other.test", "a"), connect("127.0.0.1"), User::new(true)).unwrap();
         drop(listener);
         for end in [first, second, other, observer] {
-            drop(end.read().unwrap());
+            end.read(None).unwrap();
+            drop(end.forget());
         }
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();

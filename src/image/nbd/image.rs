@@ -6,7 +6,7 @@ use super::change::{Change, Trouble};
 use super::connection::NoConnection;
 use super::ends::{Ended, User};
 use super::extents::{self, Extents};
-use super::link::{Link, Patience};
+use super::link::{GIVE_UP_POLL, Link, Patience};
 use super::ranges::Held;
 use super::uri;
 use crate::error::{Error, ErrorKind, Result};
@@ -66,23 +66,26 @@ impl NbdImage {
     }
 
     /// Waits until the deadline of a request, which a server that is being brought up to date puts off.
-    fn within<T>(&self, mut wait: impl FnMut(Instant) -> Option<T>) -> Option<T> {
+    fn within<T>(&self, mut wait: impl FnMut(Instant) -> Option<T>) -> std::result::Result<T, Trouble> {
         let (mut deadline, mut busy) = (self.deadline(), self.link.busy());
         loop {
-            if let Some(done) = wait(deadline) {
-                return Some(done);
+            if let Some(done) = wait(deadline.min(Instant::now() + GIVE_UP_POLL)) {
+                return Ok(done);
+            }
+            if let Some(reason) = self.link.broken() {
+                return Err(Trouble::Lost(reason));
             }
             let more = self.link.busy().saturating_sub(busy);
-            if more.is_zero() {
-                return None;
+            if more.is_zero() && Instant::now() >= deadline {
+                return Err(Trouble::Silent);
             }
             deadline += more;
             busy += more;
         }
     }
 
-    fn settled(&self, range: ByteRange) -> bool {
-        self.within(|deadline| self.link.ranges.wait_for_abandoned(range, deadline).then_some(())).is_some()
+    fn settled(&self, range: ByteRange) -> std::result::Result<(), Trouble> {
+        self.within(|deadline| self.link.ranges.wait_for_abandoned(range, deadline).then_some(()))
     }
 
     fn failed(&self, what: &str, range: ByteRange, trouble: &Trouble) -> Error {
@@ -118,7 +121,7 @@ impl NbdImage {
         }
         self.make_room(bytes)?;
         let held = self.within(|deadline| self.link.ranges.hold(self.blocks(range), deadline));
-        held.ok_or_else(|| self.failed(&format!("cannot {what}"), range, &Trouble::Silent))
+        held.map_err(|trouble| self.failed(&format!("cannot {what}"), range, &trouble))
     }
 
     /// Flushes until a change of so many bytes can be kept (rule 13).
@@ -241,10 +244,7 @@ impl Image for NbdImage {
         let range = ByteRange::new(offset, buffer.len() as u64);
         check_bounds(self, "read", range)?;
         let blocks = self.blocks(range);
-        let read = match self.settled(blocks) {
-            true => self.read_blocks(blocks),
-            false => Err(Trouble::Silent),
-        };
+        let read = self.settled(blocks).and_then(|()| self.read_blocks(blocks));
         let bytes = read.map_err(|trouble| self.failed("cannot read", range, &trouble))?;
         let skip = length(ByteRange::from_bounds(blocks.start(), range.start()));
         buffer.copy_from_slice(&bytes[skip..skip + buffer.len()]);
@@ -296,9 +296,7 @@ impl Image for NbdImage {
         }
         let nothing = ByteRange::new(0, 0);
         let failed = |trouble| self.failed("cannot flush", nothing, &trouble);
-        if !self.settled(ByteRange::new(0, self.size_bytes)) {
-            return Err(failed(Trouble::Silent));
-        }
+        self.settled(ByteRange::new(0, self.size_bytes)).map_err(failed)?;
         let flushed = self.link.flush().map_err(failed);
         let owed = self.owed.lock().take();
         match self.link.left_behind.take(&self.uri).or(owed) {

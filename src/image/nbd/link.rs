@@ -34,8 +34,8 @@ const CONNECTIONS: usize = 4;
 /// The first wait between two attempts to connect; doubles up to [`BACK_OFF_MAX`].
 const BACK_OFF_MIN: Duration = Duration::from_millis(50);
 const BACK_OFF_MAX: Duration = Duration::from_secs(2);
-/// How often a waiting request looks whether it was given up.
-const GIVE_UP_POLL: Duration = Duration::from_millis(200);
+/// How often a waiting request looks whether it was given up, or the link is broken.
+pub(super) const GIVE_UP_POLL: Duration = Duration::from_millis(200);
 
 /// How long a server is waited for.
 #[derive(Clone, Copy, Debug)]
@@ -216,7 +216,9 @@ impl Link {
                     self.uri,
                     end.reason
                 );
-                state.phase = Phase::Broken(end.reason);
+                let advice =
+                    "what was under way may still be done there: restart that server, then mount the disk again";
+                state.phase = Phase::Broken(format!("{}; {advice}", end.reason));
             }
             Phase::Up => {
                 log::warn!("{}: the connection is lost: {}", self.uri, end.reason);
@@ -227,6 +229,14 @@ impl Link {
             Phase::Down { .. } => (),
         }
         self.changed.notify_all();
+    }
+
+    /// Why there will never be a connection again.
+    pub(super) fn broken(&self) -> Option<String> {
+        match &self.state.lock().phase {
+            Phase::Broken(reason) => Some(reason.clone()),
+            _ => None,
+        }
     }
 
     /// How long servers that had come back were busy with what was sent again.
@@ -263,7 +273,7 @@ impl Link {
     /// Carries out requests; `hold` is the range of a change.
     pub(super) fn run(&self, commands: Vec<Command>, hold: Option<&Arc<Held>>) -> Result<Vec<Reply>, Trouble> {
         let result = self.try_run(commands, hold);
-        if let (Err(Trouble::Silent | Trouble::GivenUp), Some(hold)) = (&result, hold) {
+        if let (Err(Trouble::Silent | Trouble::GivenUp | Trouble::Lost(_)), Some(hold)) = (&result, hold) {
             hold.abandon();
         }
         result
@@ -313,6 +323,9 @@ impl Link {
             }
             if self.given_up.load(SeqCst) != epoch {
                 return Err(Trouble::GivenUp);
+            }
+            if let Some(reason) = self.broken() {
+                return Err(Trouble::Lost(reason));
             }
             if Instant::now() >= deadline {
                 return Err(Trouble::Silent);

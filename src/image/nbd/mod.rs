@@ -28,10 +28,9 @@
 //! A connection that was lost is half-closed, and its end is read, before another one writes; over the death of this server too, since
 //! the keeper keeps the sockets (`ends.rs`). A request whose caller waits no longer holds its range until then: nobody writes there,
 //! and who reads there waits, or fails. A server that is silent is not replaced by another connection while it may still work on
-//! what it was sent: when it goes on, so does everything; if it is stuck for good, restarting it ends the connection. Where the library
-//! tells that an end is not known, and changes were under way, the image is broken for good: a target's job fails and says so, a disk's
-//! requests fail until it is mounted again. That the *kernel* has given up a host that fell silent (after minutes) is not told
-//! apart from an end today: such a host may do later what it was sent.
+//! what it was sent: when it goes on, so does everything; if it is stuck for good, restarting it ends the connection. Where the
+//! *kernel* gives a host up that fell silent (after minutes), nobody knows its end: if changes were under way, the image is broken for
+//! good: a target's job fails and says so, a disk's requests fail until it is mounted again.
 //!
 //! The protocol has a server finish all requests before it closes a connection. One that closes earlier (qemu-nbd, when a connection ends
 //! while its requests are being carried out) can do the rest a moment later; no client can tell.

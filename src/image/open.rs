@@ -63,8 +63,8 @@ pub struct OpenOptions {
     pub descriptor: Option<OwnedFd>,
     /// NBD: how long a request waits while the connection is lost.
     pub reconnect: Duration,
-    /// NBD: a server that cannot be reached is tried for as long. Guests wait for it already.
-    pub insist: bool,
+    /// NBD: guests wait for it already, and it had so many bytes. A server that does not answer is gone on waiting for after it was opened.
+    pub insist: Option<u64>,
 }
 
 /// What belongs to an open image besides its I/O.

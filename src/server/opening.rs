@@ -61,7 +61,7 @@ pub(super) fn open_first(
             role: Role::Source,
             descriptor: None,
             reconnect: config.reconnect,
-            insist: false,
+            insist: None,
         };
         let image = open(&path, &options)?;
         refuse_hidden_layers(config, &*image)?;
@@ -129,7 +129,7 @@ pub(super) fn open_again(config: &MountConfig, state: &VolumeState, parked: Opti
         role: Role::Source,
         descriptor: parked,
         reconnect: config.reconnect,
-        insist: true,
+        insist: Some(state.active_identity.size_bytes),
     };
     let image = open(Path::new(&state.active), &options)?;
     if !is_same(&image.identity()?, &state.active_identity) {

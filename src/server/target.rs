@@ -116,7 +116,7 @@ pub(super) fn prepare(
         role: Role::Target,
         descriptor: None,
         reconnect: options.reconnect.unwrap_or(config.reconnect),
-        insist: false,
+        insist: None,
     };
     match check(volumes, &config.state_dir, options)? {
         Place::Taken => {

@@ -156,7 +156,7 @@ impl Unfinished {
             role: Role::Target,
             descriptor: parked,
             reconnect: record.options.reconnect.unwrap_or(server.config.reconnect),
-            insist: false,
+            insist: None,
         };
         let target = open(path, &options)?;
         let (_, above_base) = scope::find(&*self.volume.active(), record.options.clone())?;

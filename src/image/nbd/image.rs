@@ -216,6 +216,23 @@ fn length(range: ByteRange) -> usize {
     usize::try_from(range.len()).expect("a range in memory")
 }
 
+/// The protocol knows none: the disk is its user's alone, and as old as this image.
+pub(super) fn attributes(opened: SystemTime) -> Attributes {
+    let (uid, gid) = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());
+    Attributes { mode: 0o600, uid, gid, modified: opened, changed: opened, accessed: opened }
+}
+
+/// There is room for exactly what fits the export.
+pub(super) fn room(size_bytes: u64) -> Room {
+    Room { available_bytes: size_bytes, free_bytes: size_bytes, total_bytes: size_bytes }
+}
+
+/// Its URI is all that is known of it, however it is spelled.
+pub(super) fn identity(uri: &str, size_bytes: u64) -> Identity {
+    let id = format!("nbd-{:016x}", xxhash_rust::xxh3::xxh3_64(uri::key(uri).as_bytes()));
+    Identity { id: Some(id), device: 0, inode: 0, birth_ns: None, size_bytes }
+}
+
 impl Image for NbdImage {
     fn name(&self) -> &str {
         &self.uri
@@ -322,23 +339,16 @@ impl Image for NbdImage {
         Err(Error::new(ErrorKind::Unsupported, "an NBD export has a fixed size: cannot resize").on(&*self.uri))
     }
 
-    /// The protocol knows none: the disk is its user's alone, and as old as this connection.
     fn attributes(&self) -> Result<Attributes> {
-        let (uid, gid) = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());
-        let (modified, changed, accessed) = (self.opened, self.opened, self.opened);
-        Ok(Attributes { mode: 0o600, uid, gid, modified, changed, accessed })
+        Ok(attributes(self.opened))
     }
 
-    /// There is room for exactly what fits the export.
     fn room(&self) -> Result<Room> {
-        let size = self.size_bytes;
-        Ok(Room { available_bytes: size, free_bytes: size, total_bytes: size })
+        Ok(room(self.size_bytes))
     }
 
-    /// Its URI is all that is known of it, however it is spelled.
     fn identity(&self) -> Result<Identity> {
-        let id = format!("nbd-{:016x}", xxhash_rust::xxh3::xxh3_64(uri::key(&self.uri).as_bytes()));
-        Ok(Identity { id: Some(id), device: 0, inode: 0, birth_ns: None, size_bytes: self.size_bytes })
+        Ok(identity(&self.uri, self.size_bytes))
     }
 
     fn give_up(&self) {

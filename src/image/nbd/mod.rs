@@ -4,6 +4,7 @@
 //! ```text
 //! image.rs ── requests as the crate makes them ── change.rs: what the server can do ── link.rs: connections, made anew
 //!    │ extents.rs: what is known of them              │ kept.rs: what no flush has proven     │ connection.rs: one each, and its thread
+//!    │ awaited.rs: not there yet                      │                                       │
 //!    └ ranges.rs: one change of a place at a time     └ call.rs: one request                  └ ends.rs: until their ends are read
 //! ```
 //!
@@ -42,6 +43,7 @@
 //! Identities and times (rule 11): a mirror that is resumed compares everything. A size that changes: an export that comes
 //! back with another one is refused. Zeroing by trim: that promises nothing about what is read (`change.rs`).
 
+mod awaited;
 mod call;
 mod change;
 mod connection;
@@ -69,11 +71,8 @@ use self::link::Patience;
 use super::open::{OpenOptions, Role};
 use super::{CacheMode, Format, Image};
 use crate::error::{Error, ErrorKind, Result};
-use crate::sync::{Arc, Instant};
+use crate::sync::Arc;
 use crate::sys::libnbd;
-
-/// How often a server that must come back is tried.
-const INSIST_EVERY: Duration = Duration::from_millis(500);
 
 /// Opens the export that `place`, an NBD URI, names.
 ///
@@ -89,45 +88,73 @@ pub(super) fn open(place: &Path, options: &OpenOptions) -> Result<Arc<dyn Image>
             .advise("have the server open it: qemu-nbd -f qcow2, and pass --format raw"));
     }
     let library = libnbd::library().map_err(|why| missing(name, why))?;
-    let patience = Patience::new(options.reconnect);
-    let deadline = Instant::now() + if options.insist { patience.reconnect } else { Duration::ZERO };
-    if options.role != Role::Observer {
-        let ended_within = deadline.saturating_duration_since(Instant::now()).max(ends::PATIENCE);
-        ends::wait_for_all(name, ended_within)?;
-    }
-    let image = loop {
-        let observes = options.role == Role::Observer;
-        match NbdImage::open(library, name, patience, options.writable, observes) {
-            Ok(image) => break image,
-            Err(NoConnection::Refused(error)) => return Err(error),
-            Err(why) if Instant::now() >= deadline => return Err(unreachable(name, &why.to_string())),
-            Err(why) => log::warn!("{name}: no connection: {why}"),
-        }
-        std::thread::sleep(INSIST_EVERY);
-    };
-    if options.writable && image.is_read_only() {
-        let error = Error::new(ErrorKind::ReadOnly, "the NBD server exports this read-only: cannot open");
-        return Err(error.on(name).advise("pass --read-only, or have the server let it be written"));
-    }
-    if options.writable && !image.can_be_durable() {
-        // After a lost connection nobody could say what of all that was ever written is still there.
-        let what = "the NBD server offers neither flush nor FUA, so nothing written there is ever known to be durable: cannot open";
-        let advice = "have the server offer flush (nbd-server: flush = true), or pass --read-only";
-        return Err(Error::new(ErrorKind::Unsupported, what).on(name).advise(advice));
-    }
     if options.cache == CacheMode::None {
         log::debug!("{name}: cache=none concerns this host's page cache, which NBD does not use");
     }
-    if options.format.is_none() {
-        refuse_qcow2(&image, name)?;
-    }
-    if options.role != Role::Observer {
-        let over = ends::take_over(name);
-        if options.insist && options.writable {
-            image.take_over(over);
+    let attempt = Attempt {
+        library,
+        name: name.to_owned(),
+        patience: Patience::new(options.reconnect),
+        writable: options.writable,
+        role: options.role,
+        told_format: options.format.is_some(),
+        takes_over: options.insist.is_some(),
+    };
+    match options.insist {
+        None => Ok(Arc::new(attempt.make(ends::PATIENCE)?)),
+        Some(size_bytes) => {
+            let moment = Duration::from_millis(500);
+            awaited::open(name, size_bytes, options.writable, options.reconnect, move || attempt.make(moment))
         }
     }
-    Ok(Arc::new(image))
+}
+
+/// How an export is to be opened.
+struct Attempt {
+    library: &'static libnbd::Library,
+    name: String,
+    patience: Patience,
+    writable: bool,
+    role: Role,
+    told_format: bool,
+    /// Another server of ours has used it, and died.
+    takes_over: bool,
+}
+
+impl Attempt {
+    /// Opens it, if all earlier connections to it end within `ended_within`.
+    fn make(&self, ended_within: Duration) -> Result<NbdImage> {
+        let name = self.name.as_str();
+        let observes = self.role == Role::Observer;
+        if !observes {
+            ends::wait_for_all(name, ended_within)?;
+        }
+        let image =
+            NbdImage::open(self.library, name, self.patience, self.writable, observes).map_err(|why| match why {
+                NoConnection::Refused(error) => error,
+                NoConnection::Yet(why) => unreachable(name, &why),
+            })?;
+        if self.writable && image.is_read_only() {
+            let error = Error::new(ErrorKind::ReadOnly, "the NBD server exports this read-only: cannot open");
+            return Err(error.on(name).advise("pass --read-only, or have the server let it be written"));
+        }
+        if self.writable && !image.can_be_durable() {
+            // After a lost connection nobody could say what of all that was ever written is still there.
+            let what = "the NBD server offers neither flush nor FUA, so nothing written there is ever known to be durable: cannot open";
+            let advice = "have the server offer flush (nbd-server: flush = true), or pass --read-only";
+            return Err(Error::new(ErrorKind::Unsupported, what).on(name).advise(advice));
+        }
+        if !self.told_format {
+            refuse_qcow2(&image, name)?;
+        }
+        if !observes {
+            let over = ends::take_over(name);
+            if self.takes_over && self.writable {
+                image.take_over(over);
+            }
+        }
+        Ok(image)
+    }
 }
 
 /// Raw bytes belong to the guest, so what looks like a format is taken for raw only if the user says so.

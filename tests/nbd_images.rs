@@ -119,29 +119,41 @@ fn servers_that_can_do_less_get_the_same_bytes() {
     let place = Place::in_memory();
     let size = 32_u64 << 20;
     let source = sparse_source(&place, "a.img", size);
-    let kinds: [&[&str]; 7] = [
-        &["--filter=nozero"],
-        &["--filter=noextents"],
-        &["--filter=nozero", "--filter=noextents"],
-        &["--filter=fua", "fuamode=emulate"],
-        &["--filter=multi-conn", "multi-conn-mode=disable", "--no-sr"],
-        &[
+    let filtered = |words: &[&'static str]| (words.to_vec(), false);
+    let scripted = |words: &[&'static str]| (words.to_vec(), true);
+    let kinds = [
+        filtered(&["--filter=nozero"]),
+        filtered(&["--filter=noextents"]),
+        filtered(&["--filter=nozero", "--filter=noextents"]),
+        filtered(&["--filter=fua", "fuamode=emulate"]),
+        filtered(&["--filter=fua"]),
+        filtered(&["--filter=multi-conn", "multi-conn-mode=disable", "--no-sr"]),
+        filtered(&[
             "--filter=blocksize-policy",
             "blocksize-minimum=4096",
             "blocksize-maximum=64K",
             "blocksize-error-policy=error",
-        ],
-        &["--filter=noparallel", "--filter=delay", "rdelay=1ms", "wdelay=1ms"],
+        ]),
+        filtered(&["--filter=noparallel", "--filter=delay", "rdelay=1ms", "wdelay=1ms"]),
+        // Neither trim nor extents nor several connections; then no zeroing either; then no FUA, or FUA and no flush.
+        scripted(&["can_flush=exit 0"]),
+        scripted(&["can_flush=exit 0", "--filter=nozero"]),
+        scripted(&["can_flush=exit 0", "can_fua=echo none"]),
+        scripted(&["can_fua=echo native"]),
     ];
     let mounted = Mount::of(&place, [&source]).start();
     let disk = disk_of(&mounted);
-    for (number, kind) in kinds.into_iter().enumerate() {
+    for (number, (words, is_script)) in kinds.into_iter().enumerate() {
         // The target is full of something else.
         let file = place.random(&format!("{number}.img"), size, number as u64);
-        let (filters, parameters): (Vec<&str>, Vec<&str>) = kind.iter().partition(|word| word.starts_with('-'));
-        let path = file.display().to_string();
-        let arguments = [filters, vec!["file", &path], parameters].concat();
-        let server = Server::nbdkit(&place, &format!("{number}.sock"), &arguments);
+        let socket = format!("{number}.sock");
+        let server = if is_script {
+            Server::script(&place, &socket, &file, &words)
+        } else {
+            let (filters, parameters): (Vec<&str>, Vec<&str>) = words.iter().partition(|word| word.starts_with('-'));
+            let path = file.display().to_string();
+            Server::nbdkit(&place, &socket, &[filters, vec!["file", &path], parameters].concat())
+        };
         mounted.mirror(&server.uri(), &[]);
         mounted.wait_ready();
         mounted.cutover();

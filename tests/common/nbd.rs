@@ -62,6 +62,23 @@ impl Server {
         Server::start("nbdkit", words, At::Port(SocketAddr::new(address.parse().expect("an address"), port)))
     }
 
+    /// A server of `image` that can do as little as there is, and what `abilities` say: filters, and methods of nbdkit's eval plugin.
+    #[track_caller]
+    pub fn script(place: &Place, name: &str, image: &Path, abilities: &[&str]) -> Self {
+        let image = image.display();
+        let (filters, methods): (Vec<&str>, Vec<&str>) = abilities.iter().partition(|word| word.starts_with('-'));
+        let base = [
+            format!("get_size=stat -c %s {image}"),
+            format!("pread=dd if={image} skip=$4 count=$3 iflag=skip_bytes,count_bytes bs=1M status=none"),
+            format!("pwrite=dd of={image} seek=$4 oflag=seek_bytes iflag=fullblock bs=1M conv=notrunc status=none"),
+            "can_write=exit 0".to_owned(),
+        ];
+        let flush = format!("flush=sync {image}");
+        let mut base: Vec<&str> = base.iter().map(String::as_str).collect();
+        base.extend(abilities.contains(&"can_flush=exit 0").then_some(flush.as_str()));
+        Server::nbdkit(place, name, &[filters, vec!["eval"], base, methods].concat())
+    }
+
     /// `qemu-nbd` of an image at a socket called `name` in `place`.
     #[track_caller]
     pub fn qemu(place: &Place, name: &str, format: &str, image: &Path) -> Self {
@@ -163,7 +180,7 @@ impl Drop for Server {
 }
 
 /// A port that was free a moment ago.
-fn free_port() -> u16 {
+pub fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a port").port()
 }
 

@@ -342,11 +342,11 @@ impl Driver {
                 }
                 _ => (),
             }
-            self.hand_out();
+            self.hand_out(&mut heard);
             if !self.handle.has_ended() {
                 let Driver { handle, end, woken, .. } = &mut self;
                 step(handle, end.socket(), Some(woken), None, &mut |events, refusal| heard.note(end, events, refusal));
-                self.hand_out();
+                self.hand_out(&mut heard);
             }
         }
         self.finish(heard, on_end);
@@ -367,18 +367,31 @@ impl Driver {
     }
 
     /// Answers what the library has finished.
-    fn hand_out(&mut self) {
+    fn hand_out(&mut self, heard: &mut Heard) {
         for finished in self.finished.try_iter().collect::<Vec<_>>() {
-            self.settle(finished);
+            self.settle(finished, heard);
         }
     }
 
     /// An answer of the server's goes to its caller. What the end of the connection has cut off stays: it is answered when that end was read.
-    fn settle(&mut self, finished: Finished) {
+    fn settle(&mut self, finished: Finished, heard: &mut Heard) {
         let answer = match finished.outcome {
             Outcome::Done => Answer::Done(Reply { bytes: finished.bytes, extents: finished.extents }),
             // The library's word for the end of the connection, and the server's.
-            Outcome::Failed(libc::ENOTCONN | libc::ESHUTDOWN) | Outcome::Unanswered => return,
+            Outcome::Failed(errno @ (libc::ENOTCONN | libc::ESHUTDOWN)) => {
+                if errno == libc::ESHUTDOWN && !self.handle.has_ended() {
+                    // It is about to go. What it has refused is asked again of the next one.
+                    let mut queue = self.shared.queue.lock();
+                    if queue.wish == Wish::Serve {
+                        queue.wish = Wish::Close;
+                        drop(queue);
+                        heard.reason.get_or_insert_with(|| "the server is shutting down".to_owned());
+                        self.shared.wake_up();
+                    }
+                }
+                return;
+            }
+            Outcome::Unanswered => return,
             Outcome::Failed(errno) => Answer::Failed(errno),
         };
         if let Some(call) = self.running.remove(&finished.id) {

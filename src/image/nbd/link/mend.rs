@@ -11,6 +11,8 @@ impl Link {
     /// Makes lost connections anew, until the link is closed.
     pub(super) fn mend(self: &Arc<Self>) {
         let mut wait = BACK_OFF_MIN;
+        // When it was connected last.
+        let mut up = None;
         loop {
             let (old, generation) = {
                 let mut state = self.state.lock();
@@ -21,6 +23,10 @@ impl Link {
             };
             old.iter().for_each(|connection| connection.close());
             drop(old);
+            if up.take().is_some_and(|up: Instant| up.elapsed() < BACK_OFF_MAX) {
+                // A server that takes every connection and keeps none is not asked without a pause.
+                self.pause(BACK_OFF_MIN);
+            }
             {
                 let mut state = self.state.lock();
                 while state.ended < state.made && matches!(state.phase, Phase::Down { .. }) {
@@ -37,7 +43,7 @@ impl Link {
                 (state.made, state.ended, state.generation) = (0, 0, generation + 1);
             }
             match self.revive(generation + 1) {
-                Ok(()) => wait = BACK_OFF_MIN,
+                Ok(()) => (wait, up) = (BACK_OFF_MIN, Some(Instant::now())),
                 Err(why) => {
                     let mut state = self.state.lock();
                     if let Phase::Down { reason, .. } = &mut state.phase {
@@ -46,12 +52,19 @@ impl Link {
                             *reason = why;
                         }
                     }
-                    let until = Instant::now() + wait;
-                    while !matches!(state.phase, Phase::Closed) && wait_until(&self.changed, &mut state, Some(until)) {}
+                    drop(state);
+                    self.pause(wait);
                     wait = (wait * 2).min(BACK_OFF_MAX);
                 }
             }
         }
+    }
+
+    /// Waits so long, or until the link is closed.
+    fn pause(&self, wait: Duration) {
+        let until = Instant::now() + wait;
+        let mut state = self.state.lock();
+        while !matches!(state.phase, Phase::Closed) && wait_until(&self.changed, &mut state, Some(until)) {}
     }
 
     /// Connects, checks that it is the same export, and sends again what was kept.

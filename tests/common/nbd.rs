@@ -66,7 +66,9 @@ impl Server {
     #[track_caller]
     pub fn script(place: &Place, name: &str, image: &Path, abilities: &[&str]) -> Self {
         let image = image.display();
-        let (filters, methods): (Vec<&str>, Vec<&str>) = abilities.iter().partition(|word| word.starts_with('-'));
+        // Methods are the words with a script.
+        let (methods, filters): (Vec<&str>, Vec<&str>) =
+            abilities.iter().partition(|word| word.contains('=') && !word.starts_with('-'));
         let base = [
             format!("get_size=stat -c %s {image}"),
             format!("pread=dd if={image} skip=$4 count=$3 iflag=skip_bytes,count_bytes bs=1M status=none"),
@@ -76,6 +78,8 @@ impl Server {
         let flush = format!("flush=sync {image}");
         let mut base: Vec<&str> = base.iter().map(String::as_str).collect();
         base.extend(abilities.contains(&"can_flush=exit 0").then_some(flush.as_str()));
+        let name_of = |word: &str| word.split('=').next().map(str::to_owned);
+        base.retain(|word| methods.iter().all(|other| name_of(other) != name_of(word)));
         Server::nbdkit(place, name, &[filters, vec!["eval"], base, methods].concat())
     }
 

@@ -5,7 +5,7 @@ mod server;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use self::server::{FLUSH, FLUSHED, FUA, MULTI_CONN, READ, Seen, Server, TRIM, WRITE, ZEROES};
+use self::server::{FLUSH, FLUSHED, FUA, MULTI_CONN, READ, Seen, Server, TRIM, WRITE, ZEROED, ZEROES};
 use super::image::NbdImage;
 use super::kept::KEPT_BYTES_MAX;
 use super::link::Patience;
@@ -90,6 +90,25 @@ fn what_a_server_lost_in_its_death_it_gets_again_in_order() {
         assert_eq!(writes(&server.seen()), sent);
         assert!(server.content() == before);
     }
+}
+
+#[test]
+fn zeroes_that_a_server_does_not_make_are_written_to_it_and_so_again() {
+    let mut server = Server::new(SIZE, FLUSH | ZEROES);
+    let Some(image) = patient(&server) else { return };
+    image.write_at(0, &[1; 65536]).unwrap();
+    image.flush().unwrap();
+    // It says that it can, and then that it cannot (ENOTSUP).
+    server.fail(Some((ZEROED, 95)));
+    image.write_zeroes(ByteRange::new(4096, 8192)).unwrap();
+    image.discard(ByteRange::new(32768, 4096)).unwrap();
+    let before = server.content();
+    assert!(before[4096..12288] == [0; 8192] && before[32768..36864] == [0; 4096]);
+    server.kill();
+    server.restart();
+    assert_eq!(read(&image, 4096, 8192), [0; 8192]);
+    assert!(server.content() == before);
+    image.flush().unwrap();
 }
 
 #[test]

@@ -31,6 +31,7 @@ pub(super) struct Seen {
 pub(super) const READ: u16 = 0;
 pub(super) const WRITE: u16 = 1;
 pub(super) const FLUSHED: u16 = 3;
+pub(super) const ZEROED: u16 = 6;
 
 #[derive(Debug, Default)]
 struct World {
@@ -285,7 +286,7 @@ fn carry_out(shared: &Shared, request: Seen, payload: &[u8]) -> (u32, Vec<u8>) {
         FLUSHED => world.durable = world.cache.clone(),
         // Trim: what is read afterwards is not defined. Write zeroes.
         4 => world.cache[place.clone()].fill(0xEE),
-        6 => world.cache[place.clone()].fill(0),
+        ZEROED => world.cache[place.clone()].fill(0),
         _ => return (22, Vec::new()),
     }
     if request.flags & 1 != 0 {

@@ -8,6 +8,7 @@
 //!
 //! A trim alone promises nothing about what is read afterwards.
 
+use super::buffers::Data;
 use super::call::Reply;
 use super::connection::Export;
 use crate::range::ByteRange;
@@ -29,7 +30,7 @@ pub(super) enum Change {
         /// Where.
         offset: u64,
         /// The bytes.
-        data: Arc<Vec<u8>>,
+        data: Arc<Data>,
     },
     /// Zeroes.
     Zero {

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
+use super::buffers::Buffers;
 use super::change::{Change, Trouble};
 use super::connection::NoConnection;
 use super::ends::{Ended, User};
@@ -24,6 +25,7 @@ pub(super) struct NbdImage {
     writable: bool,
     size_bytes: u64,
     extents: Extents,
+    buffers: Arc<Buffers>,
     /// Nothing else is known of the image's times.
     opened: SystemTime,
     /// One forced flush at a time, and what it met that nobody was told: the next flush says so.
@@ -42,7 +44,8 @@ impl NbdImage {
         let link = Link::open(library, uri, User::new(observes), patience, writable)?;
         let size_bytes = link.export().size_bytes;
         let (extents, opened, owed) = (Extents::default(), SystemTime::now(), Mutex::new(None));
-        Ok(NbdImage { uri: uri.to_owned(), link, patience, writable, size_bytes, extents, opened, owed })
+        let (uri, buffers) = (uri.to_owned(), Arc::default());
+        Ok(NbdImage { uri, link, patience, writable, size_bytes, extents, buffers, opened, owed })
     }
 
     /// A server of ours that used this export has died; `ended`: its connections that were over before this one came.
@@ -101,15 +104,21 @@ impl NbdImage {
         range.align_out(self.link.export().block_bytes).intersect(ByteRange::new(0, self.size_bytes))
     }
 
-    fn read_blocks(&self, blocks: ByteRange) -> std::result::Result<Vec<u8>, Trouble> {
+    /// Fills `buffer`, which is as long as `blocks`.
+    fn read_blocks(&self, blocks: ByteRange, buffer: &mut [u8]) -> std::result::Result<(), Trouble> {
         let commands = blocks.pieces(self.link.export().request_bytes_max).map(|piece| Command::Read {
             offset: piece.start(),
-            len: usize::try_from(piece.len()).expect("a request in memory"),
+            len: length(piece),
+            memory: self.buffers.clone(),
         });
-        let mut replies = self.link.run(commands.collect(), None)?.into_iter();
-        let mut bytes = replies.next().map(|reply| reply.bytes).unwrap_or_default();
-        replies.for_each(|reply| bytes.extend_from_slice(&reply.bytes));
-        Ok(bytes)
+        let mut rest = buffer;
+        for reply in self.link.run(commands.collect(), None)? {
+            let (head, tail) = rest.split_at_mut(reply.bytes.len());
+            head.copy_from_slice(&reply.bytes);
+            self.buffers.give(reply.bytes);
+            rest = tail;
+        }
+        Ok(())
     }
 
     /// Holds `range` for a change with so many bytes, with room to keep it.
@@ -261,8 +270,13 @@ impl Image for NbdImage {
         let range = ByteRange::new(offset, buffer.len() as u64);
         check_bounds(self, "read", range)?;
         let blocks = self.blocks(range);
-        let read = self.settled(blocks).and_then(|()| self.read_blocks(blocks));
-        let bytes = read.map_err(|trouble| self.failed("cannot read", range, &trouble))?;
+        let failed = |trouble| self.failed("cannot read", range, &trouble);
+        self.settled(blocks).map_err(failed)?;
+        if blocks == range {
+            return self.read_blocks(blocks, buffer).map_err(failed);
+        }
+        let mut bytes = vec![0; length(blocks)];
+        self.read_blocks(blocks, &mut bytes).map_err(failed)?;
         let skip = length(ByteRange::from_bounds(blocks.start(), range.start()));
         buffer.copy_from_slice(&bytes[skip..skip + buffer.len()]);
         Ok(())
@@ -275,16 +289,17 @@ impl Image for NbdImage {
         }
         let held = self.begin("write", range, range.len())?;
         let blocks = self.blocks(range);
-        let bytes = if blocks == range {
-            data.to_vec()
+        let data = if blocks == range {
+            self.buffers.copy(data)
         } else {
-            let read = self.read_blocks(blocks);
-            let mut bytes = read.map_err(|trouble| self.failed("cannot read around", range, &trouble))?;
+            let mut bytes = vec![0; length(blocks)];
+            let read = self.read_blocks(blocks, &mut bytes);
+            read.map_err(|trouble| self.failed("cannot read around", range, &trouble))?;
             let skip = length(ByteRange::from_bounds(blocks.start(), range.start()));
             bytes[skip..skip + data.len()].copy_from_slice(data);
-            bytes
+            self.buffers.data(bytes)
         };
-        self.change("write", range, &Change::Write { offset: blocks.start(), data: Arc::new(bytes) }, &held)
+        self.change("write", range, &Change::Write { offset: blocks.start(), data }, &held)
     }
 
     fn write_zeroes(&self, range: ByteRange) -> Result<()> {
@@ -315,6 +330,7 @@ impl Image for NbdImage {
         let failed = |trouble| self.failed("cannot flush", nothing, &trouble);
         self.settled(ByteRange::new(0, self.size_bytes)).map_err(failed)?;
         let flushed = self.link.flush().map_err(failed);
+        self.buffers.trim();
         let owed = self.owed.lock().take();
         match self.link.left_behind.take(&self.uri).or(owed) {
             Some(owed) => Err(owed),

@@ -95,11 +95,12 @@ impl Kept {
 #[cfg(all(test, not(shuttle)))]
 mod tests {
     use super::*;
+    use crate::image::nbd::buffers::Buffers;
     use crate::range::ByteRange;
     use crate::sync::Arc;
 
     fn write(byte: u8, len: usize) -> Change {
-        Change::Write { offset: 0, data: Arc::new(vec![byte; len]) }
+        Change::Write { offset: 0, data: Arc::new(Buffers::default()).data(vec![byte; len]) }
     }
 
     fn bytes(kept: &Kept) -> Vec<u8> {

@@ -44,6 +44,7 @@
 //! back with another one is refused. Zeroing by trim: that promises nothing about what is read (`change.rs`).
 
 mod awaited;
+mod buffers;
 mod call;
 mod change;
 mod connection;

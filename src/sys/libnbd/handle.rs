@@ -17,6 +17,17 @@ const STRICT: u32 = 0x0F;
 const FLAG_FUA: u32 = 1;
 const FLAG_NO_HOLE: u32 = 2;
 
+/// Bytes that the library reads.
+pub trait Payload: AsRef<[u8]> + std::fmt::Debug + Send + Sync {}
+
+impl<T: AsRef<[u8]> + std::fmt::Debug + Send + Sync> Payload for T {}
+
+/// Where the memory of what is read comes from.
+pub trait Memory: std::fmt::Debug + Send + Sync {
+    /// So many bytes of anything.
+    fn take(&self, len: usize) -> Vec<u8>;
+}
+
 /// One thing that a server is asked to do.
 #[derive(Clone, Debug)]
 pub enum Command {
@@ -26,13 +37,15 @@ pub enum Command {
         offset: u64,
         /// How many.
         len: usize,
+        /// Into what.
+        memory: Arc<dyn Memory>,
     },
     /// A part of `data`, to an offset.
     Write {
         /// Where to.
         offset: u64,
         /// Holds the bytes.
-        data: Arc<Vec<u8>>,
+        data: Arc<dyn Payload>,
         /// Which of them.
         part: std::ops::Range<usize>,
         /// Durable when it is answered.
@@ -97,7 +110,7 @@ pub struct Finished {
 struct Operation {
     finished: Finished,
     /// Read by the library until it is done.
-    _data: Option<Arc<Vec<u8>>>,
+    _data: Option<Arc<dyn Payload>>,
     sender: Sender<Finished>,
 }
 
@@ -303,7 +316,12 @@ impl Handle {
     /// The library refuses it: the connection has ended, or the export does not allow it.
     pub fn start(&mut self, id: u64, command: &Command) -> Result<(), Refusal> {
         let bytes = match command {
-            Command::Read { len, .. } => vec![0; *len],
+            Command::Read { len, memory, .. } => {
+                let bytes = memory.take(*len);
+                // The library fills so many.
+                assert_eq!(bytes.len(), *len);
+                bytes
+            }
             _ => Vec::new(),
         };
         let data = match command {
@@ -322,11 +340,11 @@ impl Handle {
         // by the slice. `on_extents` is not called after `on_free`.
         let result = unsafe {
             match command {
-                Command::Read { offset, len } => {
+                Command::Read { offset, len, .. } => {
                     (functions.nbd_aio_pread)(raw, buffer.cast(), *len, *offset, completion, 0)
                 }
                 Command::Write { offset, data, part, fua } => {
-                    let bytes = &data[part.clone()];
+                    let bytes = &(**data).as_ref()[part.clone()];
                     let flags = fua_flag(*fua);
                     (functions.nbd_aio_pwrite)(raw, bytes.as_ptr().cast(), bytes.len(), *offset, completion, flags)
                 }

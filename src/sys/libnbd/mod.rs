@@ -16,7 +16,7 @@ mod library;
 
 use std::ffi::CStr;
 
-pub use self::handle::{Command, Finished, Handle, Outcome};
+pub use self::handle::{Command, Finished, Handle, Memory, Outcome, Payload};
 pub use self::library::{FILE, Library, Refusal, library};
 
 /// `base:allocation`, the context of block status that is asked for.
@@ -41,12 +41,22 @@ mod tests {
         assert!(Library::load("libc.so.6").err().unwrap().contains("nbd_create"));
     }
 
+    #[derive(Debug)]
+    struct Fresh;
+
+    impl Memory for Fresh {
+        fn take(&self, len: usize) -> Vec<u8> {
+            vec![0; len]
+        }
+    }
+
     #[test]
     fn what_the_library_refuses_comes_back_all_the_same() {
         let Ok(library) = library() else { return eprintln!("SKIPPED: libnbd0 is not installed") };
         let (sender, receiver) = std::sync::mpsc::channel();
         let mut handle = Handle::new(library, sender).unwrap();
-        let refusal = handle.start(7, &Command::Read { offset: 0, len: 512 }).unwrap_err();
+        let memory = std::sync::Arc::new(Fresh);
+        let refusal = handle.start(7, &Command::Read { offset: 0, len: 512, memory }).unwrap_err();
         assert!(refusal.text.contains("nbd_aio_pread"), "{refusal:?}");
         let finished = receiver.recv().unwrap();
         assert_eq!((finished.id, finished.outcome), (7, Outcome::Unanswered));

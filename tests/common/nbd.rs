@@ -41,10 +41,12 @@ impl Server {
     /// `nbdkit ARGUMENTS` in the network namespace `host`, at its `address`.
     #[track_caller]
     pub fn nbdkit_at(host: &str, address: &str, arguments: &[&str]) -> Self {
-        let at = ["netns", "exec", host, "nbdkit", "-f", "-i", address, "-p", "10809"];
+        // `ip netns exec` would give it a mount namespace too, in which our mounts outlived their unmounting.
+        let network = format!("--net=/run/netns/{host}");
+        let at = [&network, "nbdkit", "-f", "-i", address, "-p", "10809"];
         let words = at.iter().chain(arguments).map(|word| (*word).to_owned()).collect();
         let address = SocketAddr::new(address.parse().expect("an address"), 10809);
-        Server::start("ip", words, At::Port(address))
+        Server::start("nsenter", words, At::Port(address))
     }
 
     /// `nbdkit ARGUMENTS` at a free port of this host.

@@ -54,6 +54,12 @@ fn the_life_cycle_example() {
     example("lifecycle.sh");
 }
 
+/// Skips itself, saying so, where nbdkit's S3 plugin or an object store to try it with is not installed.
+#[test]
+fn the_object_store_example() {
+    example("s3.sh");
+}
+
 /// Skips itself, saying so, where QEMU is not installed.
 #[test]
 fn the_virtual_machine_example() {

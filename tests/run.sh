@@ -17,7 +17,7 @@ esac
 needed=(
     fusermount3:fuse3 fio:fio mkfs.ext4:e2fsprogs mkfs.xfs:xfsprogs xfs_io:xfsprogs sqlite3:sqlite3 setfattr:attr
     losetup:mount strace:strace runuser:util-linux flock:util-linux cmp:diffutils shellcheck:shellcheck
-    nbdkit:nbdkit nbdcopy:libnbd-bin certtool:gnutls-bin ip:iproute2
+    nbdkit:nbdkit nbdcopy:libnbd-bin certtool:gnutls-bin ip:iproute2 nsenter:util-linux sysctl:procps curl:curl
     systemd-analyze:systemd
 )
 work=$(mktemp -d)

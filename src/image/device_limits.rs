@@ -139,7 +139,7 @@ fn within(range: ByteRange, offset: u64, unit: u64) -> ByteRange {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(shuttle)))]
 mod tests {
     use super::*;
 

@@ -85,3 +85,35 @@ fn what_a_silent_host_was_sent_is_never_overtaken() {
     let uri = format!("nbds://{address}:{}/?tls-certificates={}", secret.port(), pki.display());
     a_silent_host(&place, &host, "tls", &secret, &uri, &b);
 }
+
+/// Nothing is on its way to it that it could refuse: only who asks is told.
+#[test]
+fn a_host_that_has_forgotten_the_connection_is_noticed() {
+    if !is_root("a network namespace") {
+        return;
+    }
+    let Some(host) = Host::new() else { return };
+    let place = Place::in_memory();
+    let image = place.sparse("a.img", SIZE);
+    let words = ["--filter=multi-conn", "file", image.to_str().unwrap(), "multi-conn-mode=disable"];
+    let mut server = Server::nbdkit_on(&host.our_address(), &words);
+    let mounted = Mount::of(&place, [server.uri()]).in_network(&host.name).start();
+    let disk = File::options().read(true).write(true).open(mounted.first_disk()).unwrap();
+    disk.write_all_at(&[1; 4096], 0).unwrap();
+    disk.sync_all().unwrap();
+    server.freeze();
+    std::thread::scope(|scope| {
+        let before = unread(server.port());
+        let guest = scope.spawn(|| disk.write_all_at(&[2; 4096], 4096));
+        wait::until("the write to reach the host", || unread(server.port()) >= before + 4096);
+        // It dies with what it has not read; that it says so is lost.
+        host.cut();
+        server.kill();
+        host.mend();
+        server.restart();
+        guest.join().unwrap().unwrap();
+    });
+    drop(disk);
+    mounted.unmount();
+    assert!(block(&image, 0) == [1; 4096] && block(&image, 1) == [2; 4096]);
+}

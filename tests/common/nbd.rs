@@ -136,9 +136,15 @@ impl Server {
         kill(Pid::from_raw(i32::try_from(pid).expect("a pid")), signal).expect("kill");
     }
 
-    /// Freezes it.
+    /// Freezes it, and waits until every thread of it stands still: one that is being woken might take one more request.
     pub fn freeze(&self) {
         self.signal(Signal::SIGSTOP);
+        let pid = self.child.as_ref().expect("it runs").id();
+        wait::until("the NBD server to stand still", || {
+            let threads = fs::read_dir(format!("/proc/{pid}/task")).expect("its threads").flatten();
+            let mut states = threads.filter_map(|thread| fs::read_to_string(thread.path().join("stat")).ok());
+            states.all(|stat| stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('T')))
+        });
     }
 
     /// Lets it go on.

@@ -22,7 +22,9 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{MsgFlags, Shutdown, SockaddrStorage, getpeername, getsockopt, recv, shutdown, sockopt};
+use nix::sys::socket::{
+    MsgFlags, Shutdown, SockaddrStorage, getpeername, getsockopt, recv, setsockopt, shutdown, sockopt,
+};
 use parking_lot::{Condvar, Mutex};
 
 use super::uri;
@@ -220,6 +222,7 @@ impl OpenEnd {
         }
         open.push(Entry { name: name.clone(), uri: uri.to_owned(), place, user: Some(user) });
         drop(open);
+        ask_now_and_then(&socket);
         if let Some(parking) = &*PARKING.lock() {
             parking.park(&name, socket.as_fd());
         }
@@ -274,6 +277,20 @@ impl OpenEnd {
         OPEN.lock().retain(|entry| entry.name != self.name);
         CHANGED.notify_all();
         Ended { name: self.name }
+    }
+}
+
+/// Has the kernel ask the other host whether it still knows the connection, where nothing else is sent for so many seconds: one that
+/// was restarted says no. One that does not answer is given up as soon as where something was sent, about.
+fn ask_now_and_then(socket: &OwnedFd) {
+    let (pause, times) = (10, 90);
+    let asked = setsockopt(socket, sockopt::KeepAlive, &true)
+        .and_then(|()| setsockopt(socket, sockopt::TcpKeepIdle, &pause))
+        .and_then(|()| setsockopt(socket, sockopt::TcpKeepInterval, &pause))
+        .and_then(|()| setsockopt(socket, sockopt::TcpKeepCount, &times));
+    if let Err(errno) = asked {
+        // A unix socket, whose other end cannot vanish.
+        log::debug!("no keep-alive: {errno}");
     }
 }
 
@@ -344,7 +361,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut ours = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (theirs, _) = listener.accept().unwrap();
-        nix::sys::socket::setsockopt(&ours, sockopt::TcpUserTimeout, &100).unwrap();
+        setsockopt(&ours, sockopt::TcpUserTimeout, &100).unwrap();
         ours.set_nonblocking(true).unwrap();
         while ours.write(&[0; 64 << 10]).is_ok() {}
         let end = OpenEnd::new(uri, ours.into(), User::new(false)).unwrap();

@@ -208,6 +208,15 @@ fn what_is_written_again_before_it_is_copied_is_copied_last() {
     }
     let cold = (0..64).filter(|granule| ![0, 20, 21, 63].contains(granule));
     assert_eq!(order(&map, 16), cold.chain([63, 0, 20, 21]).collect::<Vec<_>>());
+    // Too many before the next cold one: the search ends, and does not begin again behind it.
+    let long = DirtyMap::with_blocks(4096 * GRANULE, Granularity::new(GRANULE).unwrap(), BLOCK);
+    long.mark(ByteRange::new(0, 4096 * GRANULE));
+    for granule in 100..200 {
+        long.mark(ByteRange::new(granule * GRANULE, BLOCK));
+    }
+    let claim = long.claim(Granule(100), 1).unwrap();
+    assert_eq!(claim.granules(), 100..101);
+    claim.finish();
     // Forgotten when it was copied; and where all is hot nothing is.
     map.mark(ByteRange::new(0, 64 * GRANULE));
     assert_eq!(order(&map, 1), (0..64).collect::<Vec<_>>());

@@ -68,6 +68,7 @@ impl Claim {
             let step_end = wanted.min(self.end.saturating_add(EXTENSION_STEP_GRANULES));
             let free_end = map.free_until(&busy, self.end, step_end);
             let reached = map.bits.take_run(self.end, free_end, &mut busy.turn);
+            map.forget_heat(&mut busy, self.end..reached);
             busy.claims.remove(self.start);
             busy.claims.insert(self.start, reached);
             busy.in_flight_bytes += map.bytes_of(self.end, reached).len();

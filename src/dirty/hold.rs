@@ -54,6 +54,7 @@ impl Hold {
             return 0;
         }
         let mut busy = self.map.busy.lock();
+        self.map.forget_heat(&mut busy, start..end);
         self.map.bits.clear(start, end, &mut busy.turn)
     }
 

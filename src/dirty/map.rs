@@ -184,9 +184,7 @@ impl DirtyMap {
         };
         let limit = self.free_until(&busy, start, end);
         let end = self.bits.take_run(start, limit, &mut busy.turn);
-        if let (Some(heat), Some(turn)) = (&self.heat, &mut busy.heat_turn) {
-            heat.forget(start..end, turn);
-        }
+        self.forget_heat(&mut busy, start..end);
         debug_assert!(end > start);
         busy.claims.insert(start, end);
         busy.in_flight_bytes += self.bytes_of(start, end).len();
@@ -290,18 +288,29 @@ impl DirtyMap {
     }
 
     /// The first dirty granule that may be claimed, looked for from `from` on and then from the start.
+    /// `search`: hot ones are passed over; where they are too many for that there is no answer.
     fn find_claimable(&self, busy: &Busy, from: u64, mut search: Option<&mut Search<'_>>) -> Option<u64> {
-        let mut find = |mut at: u64, end: u64| {
-            loop {
-                let found = self.bits.next(at, &busy.turn).filter(|&found| found < end)?;
-                match busy.first_taken(found..found + 1, self.granularity) {
-                    None if search.as_mut().map_or(Some(false), |search| search.passes_over(found))? => at = found + 1,
+        for (mut at, end) in [(from, self.granules()), (0, from)] {
+            while let Some(found) = self.bits.next(at, &busy.turn).filter(|&found| found < end) {
+                let hot = match &mut search {
+                    Some(search) => search.passes_over(found)?,
+                    None => false,
+                };
+                at = match busy.first_taken(found..found + 1, self.granularity) {
+                    Some(taken) => taken.end,
+                    None if hot => found + 1,
                     None => return Some(found),
-                    Some(taken) => at = taken.end,
-                }
+                };
             }
-        };
-        find(from, self.granules()).or_else(|| find(0, from))
+        }
+        None
+    }
+
+    /// `granules` are clean now: what they are next is seen anew.
+    pub(super) fn forget_heat(&self, busy: &mut Busy, granules: Range<u64>) {
+        if let (Some(heat), Some(turn)) = (&self.heat, &mut busy.heat_turn) {
+            heat.forget(granules, turn);
+        }
     }
 
     /// As [`DirtyMap::find_claimable`], of granules that are not hot, and where they end. `None`: there are none, or it is not worth it.

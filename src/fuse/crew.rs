@@ -1,17 +1,22 @@
 //! How many threads serve a mount: a few, and more when all of them sleep in requests to a disk while others wait for a thread.
 //!
 //! Threads that are busy computing are no reason: more of them would only take the processors from each other. So every few requests
-//! one is looked at more closely: was every thread busy when it began, and did this one sleep while it was carried out? Threads that
-//! were added stay; idle ones cost their buffer.
+//! one is looked at more closely: was every thread busy when it began, and did this one sleep while it was carried out? If most say so
+//! and this process has not had half of the processors meanwhile (threads that wait for each other sleep too), there are to be more.
+//! Writes that go to both images of a mirror are no reason either: what they wait for is the target, which has threads of its own.
+//! Threads that were added stay; idle ones cost their buffer.
 
 use nix::sys::resource::{UsageWho, getrusage};
+use nix::time::{ClockId, clock_gettime};
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
 use crate::fuse::flights::{Flights, THREADS_MAX};
+use crate::volume::tracking::taken_to_both;
 
 /// One request of so many is looked at, on each thread.
 const EVERY: u32 = 16;
@@ -23,15 +28,19 @@ const ENOUGH: u32 = 24;
 #[derive(Debug)]
 pub(super) struct Crew {
     threads: AtomicUsize,
+    /// Processor time that this process has used so far.
+    used: fn() -> Duration,
     looks: Mutex<Looks>,
     wanted: Mutex<Wanted>,
     changed: Condvar,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Looks {
     all: u32,
     short: u32,
+    since: Instant,
+    used: Duration,
 }
 
 #[derive(Debug, Default)]
@@ -44,9 +53,18 @@ struct Wanted {
 pub(super) struct Look {
     all_busy: bool,
     slept_before: i64,
+    to_both_before: u64,
 }
 
 thread_local!(static REQUESTS: Cell<u32> = const { Cell::new(0) });
+
+fn processor_time() -> Duration {
+    clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
+}
+
+fn processors() -> u32 {
+    std::thread::available_parallelism().map_or(1, |cores| u32::try_from(cores.get()).unwrap_or(u32::MAX))
+}
 
 /// How often this thread has gone to sleep so far.
 fn sleeps() -> i64 {
@@ -55,9 +73,14 @@ fn sleeps() -> i64 {
 
 impl Crew {
     pub(super) fn new(threads: usize) -> Self {
+        Self::with_clock(threads, processor_time)
+    }
+
+    fn with_clock(threads: usize, used: fn() -> Duration) -> Self {
         Crew {
             threads: AtomicUsize::new(threads),
-            looks: Mutex::default(),
+            used,
+            looks: Mutex::new(Looks { all: 0, short: 0, since: Instant::now(), used: used() }),
             wanted: Mutex::default(),
             changed: Condvar::new(),
         }
@@ -71,21 +94,23 @@ impl Crew {
         }
         // This one is not under way yet.
         let all_busy = flights.under_way() + 1 >= self.threads.load(Relaxed);
-        Some(Look { all_busy, slept_before: if all_busy { sleeps() } else { 0 } })
+        Some(Look { all_busy, slept_before: if all_busy { sleeps() } else { 0 }, to_both_before: taken_to_both() })
     }
 
     /// After it was.
     pub(super) fn judge(&self, look: &Look) {
-        let is_short = look.all_busy && sleeps() > look.slept_before;
+        let is_short = look.all_busy && taken_to_both() == look.to_both_before && sleeps() > look.slept_before;
         let Some(mut looks) = self.looks.try_lock() else { return };
         looks.all += 1;
         looks.short += u32::from(is_short);
         if looks.all < LOOKS {
             return;
         }
-        let short = std::mem::take(&mut *looks).short;
+        let next = Looks { all: 0, short: 0, since: Instant::now(), used: (self.used)() };
+        let last = std::mem::replace(&mut *looks, next);
+        let (passed, used) = (looks.since - last.since, looks.used.saturating_sub(last.used));
         drop(looks);
-        if short < ENOUGH {
+        if last.short < ENOUGH || used * 2 > passed * processors() {
             return;
         }
         let now = self.threads.load(Relaxed);
@@ -124,13 +149,22 @@ impl Crew {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
+    /// Other tests use the processors too.
+    fn idle() -> Duration {
+        Duration::ZERO
+    }
+
+    /// All of them, all the time.
+    fn busy() -> Duration {
+        static BEGAN: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();
+        BEGAN.get_or_init(Instant::now).elapsed() * processors()
+    }
+
     /// Runs `requests` requests on one thread of a crew of one, so that every thread is busy.
-    fn after(requests: u32, work: impl Fn()) -> usize {
-        let crew = Crew::new(1);
+    fn after(requests: u32, used: fn() -> Duration, work: impl Fn()) -> usize {
+        let crew = Crew::with_clock(1, used);
         let flights = Flights::open(None, false).unwrap();
         for _ in 0..requests {
             let look = crew.look(&flights);
@@ -146,18 +180,19 @@ mod tests {
     #[test]
     fn more_are_wanted_when_all_sleep_and_none_when_they_compute() {
         let wait = || std::thread::sleep(Duration::from_micros(50));
-        assert_eq!(after(EVERY * LOOKS, wait), 1, "twice as many");
-        assert_eq!(after(EVERY * (LOOKS - 1), wait), 0, "too early to say");
+        assert_eq!(after(EVERY * LOOKS, idle, wait), 1, "twice as many");
+        assert_eq!(after(EVERY * LOOKS, busy, wait), 0, "they sleep, and there is no processor for more");
+        assert_eq!(after(EVERY * (LOOKS - 1), idle, wait), 0, "too early to say");
         let compute = || drop(std::hint::black_box(vec![1_u8; 4096]));
-        assert_eq!(after(EVERY * LOOKS * 4, compute), 0);
+        assert_eq!(after(EVERY * LOOKS * 4, idle, compute), 0);
     }
 
     #[test]
     fn demands_are_answered_once_and_end_at_the_most_there_may_be() {
-        let crew = Crew::new(THREADS_MAX / 2 + 1);
+        let crew = Crew::with_clock(THREADS_MAX / 2 + 1, idle);
         let demand = || {
             for _ in 0..LOOKS {
-                crew.judge(&Look { all_busy: true, slept_before: -1 });
+                crew.judge(&Look { all_busy: true, slept_before: -1, to_both_before: taken_to_both() });
             }
             crew.wanted.lock().more
         };

@@ -13,6 +13,7 @@
 //! - overlapping guest writes reach both images in one order, since one hold covers both writes.
 
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::cell::Cell;
 use std::fmt;
 use std::time::Duration;
 
@@ -24,6 +25,13 @@ use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::range::ByteRange;
 use crate::sync::{Arc, Instant, Mutex, MutexGuard};
+
+thread_local!(static TO_BOTH: Cell<u64> = const { Cell::new(0) });
+
+/// How many changes of guests this thread has taken to both images so far.
+pub fn taken_to_both() -> u64 {
+    TO_BOTH.with(Cell::get)
+}
 
 /// Hears what guests' writes meet at the target. Called on guests' threads: must be quick and must not wait.
 pub trait TargetObserver: Send + Sync {
@@ -176,6 +184,7 @@ impl Tracking {
     }
 
     fn write_both(&self, source: &dyn Image, change: Change<'_>) -> Result<()> {
+        TO_BOTH.with(|count| count.set(count.get() + 1));
         let deadline = Instant::now() + self.max_guest_delay;
         let Some(hold) = self.map.hold(change.range(), Some(deadline)) else {
             self.fall_back();

@@ -24,10 +24,18 @@ const SIZE: u64 = 64 << 20;
 /// Puts a copy of the program, or a script, where the mount's program is, as packages do: by renaming.
 fn install(place: &Place, content: Option<&str>) -> PathBuf {
     let (program, aside) = (place.at("livemirror"), place.at("livemirror.new"));
-    match content {
-        Some(script) => fs::write(&aside, script).expect("write"),
-        None => drop(fs::copy(command::binary(), &aside).expect("copy")),
-    }
+    // Written by another process: a child that another test makes meanwhile would keep a descriptor of ours open for a moment, and nobody
+    // runs what somebody may write.
+    let copied = match content {
+        Some(script) => {
+            let text = place.file("livemirror.text", script.as_bytes());
+            let done = command::run("cp", [text.as_os_str(), aside.as_os_str()]);
+            fs::remove_file(&text).expect("rm");
+            done
+        }
+        None => command::run("cp", [std::ffi::OsStr::new(command::binary()), aside.as_os_str()]),
+    };
+    copied.ok();
     fs::set_permissions(&aside, fs::Permissions::from_mode(0o755)).expect("chmod");
     fs::rename(&aside, &program).expect("rename");
     program

@@ -40,6 +40,14 @@ fn a_mirror_takes_the_time_that_it_was_given() {
     // It can do it in 1.5 s. That it is not late either is shown where time is no obstacle: in the tests of the rule itself.
     assert!(took >= asked.mul_f64(0.85), "ready after {took:?}: faster than it had to be");
     println!("asked for {asked:?}, ready after {took:?}");
+    // From now on it follows, and at no slow pace.
+    mounted.wait_for("no limit of its own", |volumes| volumes[0]["mirror"]["own_speed"] == 0);
+    let disk = File::options().write(true).open(mounted.first_disk()).expect("open");
+    for at in (0..8 * MIB).step_by(1 << 20) {
+        disk.write_all_at(&vec![7; 1 << 20], at).expect("write");
+    }
+    mounted.wait_for("the mirror to follow", |volumes| volumes[0]["mirror"]["in_sync"] == true);
+    drop(disk);
     mounted.cutover();
     mounted.unmount();
 }

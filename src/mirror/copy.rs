@@ -32,6 +32,14 @@ const GAP_BYTES: u64 = 16 << 10;
 /// The smallest run of zero bytes within data that is left out of the target.
 const ZERO_BLOCK_BYTES: usize = 4096;
 
+/// What a claim has come to, as far as the speed limit is concerned.
+#[derive(Debug, Default)]
+struct Copied {
+    data_bytes: u64,
+    /// Zeroes that a target had to write in place of holes.
+    zero_bytes: u64,
+}
+
 /// One side's failure.
 pub(super) type Failure = (Operation, Error);
 
@@ -53,6 +61,10 @@ pub(super) fn run(job: &Job, live: &Live) {
             job.pacer.refund(piece);
             drop(turn);
             live.map.wait_for_work(None, || job.must_yield());
+            // Before it waits for the speed limit, which it may be the supervisor's to lift.
+            if job.supervisor_idle.load(SeqCst) {
+                job.notify();
+            }
             continue;
         };
         if job.frozen.load(SeqCst) {
@@ -64,25 +76,27 @@ pub(super) fn run(job: &Job, live: &Live) {
             job.notify();
         }
         let first = claim.range().start();
-        let mut data_bytes = 0;
+        let mut copied = Copied::default();
         let shared_bytes = turn.as_mut().and_then(|turn| share(job, live, &mut claim, turn));
         drop(turn);
         let result = match shared_bytes {
             Some(_) => Ok(()),
-            None => copy_claim(job, live, &mut claim, (&mut buffer, &mut held), &mut data_bytes),
+            None => copy_claim(job, live, &mut claim, (&mut buffer, &mut held), &mut copied),
         };
         let next = live.map.granularity().granule_of(claim.range().end()).0;
         job.counters.cursor.store(next, Relaxed);
         if live.map.granularity().granule_of(first).0 < cursor {
             job.counters.passes.fetch_add(1, Relaxed);
         }
-        job.pacer.refund(piece.saturating_sub(data_bytes));
+        let written = copied.data_bytes + copied.zero_bytes;
+        job.pacer.refund(piece.saturating_sub(written));
+        job.pacer.charge(written.saturating_sub(piece));
         match result {
             Ok(()) => {
                 let cleared = claim.range().len();
                 claim.finish();
                 job.counters.cleared.fetch_add(cleared, Relaxed);
-                job.counters.copied.fetch_add(data_bytes + shared_bytes.unwrap_or(0), Relaxed);
+                job.counters.copied.fetch_add(copied.data_bytes + shared_bytes.unwrap_or(0), Relaxed);
                 if careful {
                     let _ = job.counters.careful.fetch_update(Relaxed, Relaxed, |left| left.checked_sub(1));
                 }
@@ -103,7 +117,7 @@ fn copy_claim(
     live: &Live,
     claim: &mut Claim,
     (buffer, held): (&mut [u8], &mut [u8]),
-    data_bytes: &mut u64,
+    copied: &mut Copied,
 ) -> Result<(), Failure> {
     let mut parts = claim.parts(GAP_BYTES);
     if parts == [claim.range()] {
@@ -116,7 +130,7 @@ fn copy_claim(
             parts = claim.parts(GAP_BYTES);
         }
     }
-    parts.into_iter().try_for_each(|part| copy_part(job, live, part, (buffer, held), data_bytes))
+    parts.into_iter().try_for_each(|part| copy_part(job, live, part, (buffer, held), copied))
 }
 
 fn copy_part(
@@ -124,7 +138,7 @@ fn copy_part(
     live: &Live,
     range: ByteRange,
     (buffer, held): (&mut [u8], &mut [u8]),
-    data_bytes: &mut u64,
+    copied: &mut Copied,
 ) -> Result<(), Failure> {
     let mut at = range.start();
     while at < range.end() {
@@ -147,12 +161,12 @@ fn copy_part(
             let piece = part.intersect(wanted);
             let bytes = &mut buffer[..piece.len() as usize];
             live.source.read_once(piece.start(), bytes).map_err(|error| (Operation::Read, error))?;
-            *data_bytes +=
+            copied.data_bytes +=
                 write_data(job, live, piece.start(), bytes, held).map_err(|error| (Operation::Write, error))?;
             at = piece.end();
         } else {
             let hole = part.intersect(range);
-            clear(job, live, hole).map_err(|error| (Operation::Write, error))?;
+            copied.zero_bytes += clear(job, live, hole).map_err(|error| (Operation::Write, error))?;
             at = hole.end();
         }
     }
@@ -231,11 +245,11 @@ fn is_zero_block(bytes: &[u8]) -> bool {
     block == &ZEROES[..block.len()]
 }
 
-/// Makes the target read as zeroes, by the thinnest means it has.
-fn clear(job: &Job, live: &Live, range: ByteRange) -> Result<(), Error> {
+/// Makes the target read as zeroes, by the thinnest means it has. Returns how many it had to write.
+fn clear(job: &Job, live: &Live, range: ByteRange) -> Result<u64, Error> {
     live.target.apply(Change::Discard(range))?;
     let thin = live.target.image().properties().thin_zeroing;
     let counter = if thin { &job.counters.discarded } else { &job.counters.zeroed };
     counter.fetch_add(range.len(), Relaxed);
-    Ok(())
+    Ok(if thin { 0 } else { range.len() })
 }

@@ -10,6 +10,9 @@ use crate::sync::{Condvar, Instant, Mutex, wait_until};
 /// A burst of this length may pass at once after an idle time.
 const BURST: Duration = Duration::from_millis(100);
 
+/// What was granted at a higher limit is paid off within this time.
+const DEBT_MAX: Duration = Duration::from_secs(1);
+
 /// The speed limit of one job.
 #[derive(Debug)]
 pub struct Pacer {
@@ -73,9 +76,12 @@ impl Pacer {
         let (before, now) = (state.speed(), Instant::now());
         state.own = bytes_per_second;
         let debt = state.paid_at.saturating_duration_since(now);
-        if before > 0 && state.speed() > 0 {
-            state.paid_at = now + debt.mul_f64(before as f64 / state.speed() as f64);
-        }
+        state.paid_at = match (before, state.speed()) {
+            // Without a limit nothing was charged, and nothing is owed.
+            (0, _) | (_, 0) => now,
+            // No more than a second's worth: limits may be thousands of times apart.
+            (before, after) => now + debt.mul_f64(before as f64 / after as f64).min(DEBT_MAX),
+        };
         self.changed.notify_all();
     }
 
@@ -122,6 +128,16 @@ impl Pacer {
         let cost = Duration::from_secs_f64(bytes as f64 / state.speed() as f64);
         state.paid_at = state.paid_at.checked_sub(cost).unwrap_or(state.paid_at);
         self.changed.notify_all();
+    }
+
+    /// Charges what was copied beyond what was acquired.
+    pub fn charge(&self, bytes: u64) {
+        let mut state = self.state.lock();
+        if bytes == 0 || state.speed() == 0 || state.bypassed {
+            return;
+        }
+        let cost = Duration::from_secs_f64(bytes as f64 / state.speed() as f64);
+        state.paid_at = state.paid_at.max(Instant::now()) + cost;
     }
 
     /// The largest piece to claim at once: a tenth of a second's worth, `most` at most.
@@ -196,6 +212,12 @@ mod tests {
         // 2.5 MiB at 5 MiB/s at most, less one burst.
         assert!(start.elapsed() >= Duration::from_millis(350), "{:?}", start.elapsed());
         assert_eq!((pacer.speed(), pacer.own_speed()), (10 << 20, 5 << 20));
+        // What a high limit has granted does not weigh for hours at a low one, nor after there was none.
+        pacer.set_own_speed(1);
+        let begun = Instant::now();
+        pacer.set_own_speed(0);
+        pacer.set_own_speed(5 << 20);
+        assert!(pacer.acquire(1, || begun.elapsed() > Duration::from_secs(60)));
         pacer.set_speed(1 << 20);
         assert_eq!(pacer.piece(1 << 30), (1 << 20) / 10);
     }

@@ -66,6 +66,7 @@ fn supervise(job: &Arc<Job>, live: &Live) {
         }
         let retry_at = job.end_back_off();
         if becomes_ready(job, live, &mut flush) {
+            steer.arrived(job);
             continue;
         }
         if fulfil_wish(job) {
@@ -169,10 +170,11 @@ fn sleep(job: &Job, live: &Live, retry_at: Option<Instant>) {
     }
     let rests = state.stalled_at.is_some_and(|at| at.elapsed() < steer::REST) && !live.tracking.is_synchronous();
     let watches = state.copy_mode == CopyMode::Auto && live.tracking.is_synchronous();
+    let unblocked = state.copy_mode == CopyMode::WriteBlocking && !live.tracking.is_synchronous();
     let copies = !state.is_paused() && (!state.ready || !live.map.is_in_sync());
     let wishes = matches!(state.wish, Wish::Finish | Wish::Finalize)
         || (state.wish == Wish::Complete && job.options.auto_finalize);
-    let until = if copies || watches || rests || wishes { Some(Instant::now() + TICK) } else { retry_at };
+    let until = if copies || watches || rests || unblocked || wishes { Some(Instant::now() + TICK) } else { retry_at };
     if until.is_none() {
         job.supervisor_idle.store(true, SeqCst);
         // A copier that claimed before it could see the flag: nothing was in sync, so look again soon.

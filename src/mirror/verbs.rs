@@ -25,6 +25,7 @@ impl Job {
                 return Err(Error::not_now("Job is already paused"));
             }
             state.user_paused = true;
+            state.steered = Steered::default();
             self.hold_copiers(&state);
         }
         self.show_pause();

@@ -1,7 +1,7 @@
 //! How long guests' reads and writes take, counted while somebody watches.
 //!
 //! Nobody watches as a rule, and then a request costs one look at one word. The time is the server's: from the request's arrival in
-//! the volume to its end, the kernel's way there and back not included. A request that has not ended is not counted yet.
+//! the volume to its end, the kernel's way there and back not included. Of what has not ended it is known how many there are.
 
 use std::time::Duration;
 
@@ -18,6 +18,8 @@ const BUCKETS: usize = FINE * OCTAVES;
 #[derive(Debug)]
 pub struct RequestTimes {
     watchers: AtomicUsize,
+    /// Requests that were timed from their begin on.
+    begun: AtomicU64,
     counts: [AtomicU64; BUCKETS],
 }
 
@@ -54,18 +56,33 @@ pub struct Window {
     pub requests: u64,
     /// 99 of 100 of them took no longer; zero if there were none.
     pub p99: Duration,
+    /// Requests that have not ended.
+    pub under_way: u64,
 }
 
 impl Default for RequestTimes {
     fn default() -> Self {
-        RequestTimes { watchers: AtomicUsize::new(0), counts: std::array::from_fn(|_| AtomicU64::new(0)) }
+        RequestTimes {
+            watchers: AtomicUsize::new(0),
+            begun: AtomicU64::new(0),
+            counts: std::array::from_fn(|_| AtomicU64::new(0)),
+        }
     }
 }
 
 impl RequestTimes {
     /// Begins to time a request, if anybody watches.
     pub fn start(&self) -> Option<Timed<'_>> {
-        (self.watchers.load(Relaxed) > 0).then(|| Timed { times: self, begun: Instant::now() })
+        (self.watchers.load(Relaxed) > 0).then(|| {
+            self.begun.fetch_add(1, Relaxed);
+            Timed { times: self, begun: Instant::now() }
+        })
+    }
+
+    fn under_way(&self) -> u64 {
+        // Ended first: what ends in between was begun.
+        let ended = self.counts.iter().map(|count| count.load(Relaxed)).sum::<u64>();
+        self.begun.load(Relaxed).saturating_sub(ended)
     }
 
     fn note(&self, took: Duration) {
@@ -82,14 +99,14 @@ impl RequestTimes {
 impl Watch {
     /// The requests that ended so far and were not taken yet.
     pub fn look(&self) -> Window {
-        window(&self.news())
+        window(&self.news(), self.times.under_way())
     }
 
     /// As [`Watch::look`]; the next look begins after them.
     pub fn take(&mut self) -> Window {
         let news = self.news();
         self.seen.iter_mut().zip(news).for_each(|(seen, more)| *seen += more);
-        window(&news)
+        window(&news, self.times.under_way())
     }
 
     fn news(&self) -> [u64; BUCKETS] {
@@ -97,7 +114,7 @@ impl Watch {
     }
 }
 
-fn window(counts: &[u64; BUCKETS]) -> Window {
+fn window(counts: &[u64; BUCKETS], under_way: u64) -> Window {
     let requests = counts.iter().sum::<u64>();
     let allowed = requests / 100;
     let mut longer = 0;
@@ -106,7 +123,7 @@ fn window(counts: &[u64; BUCKETS]) -> Window {
         longer += counts[at];
         longer > allowed
     });
-    Window { requests, p99: found.map_or(Duration::ZERO, upper_bound) }
+    Window { requests, p99: found.map_or(Duration::ZERO, upper_bound), under_way }
 }
 
 fn bucket(took: Duration) -> usize {
@@ -140,11 +157,21 @@ mod tests {
     }
 
     #[test]
+    fn what_has_not_ended_is_known() {
+        let times = Arc::new(RequestTimes::default());
+        let watch = times.watch();
+        let requests = [times.start(), times.start()];
+        assert_eq!((watch.look().requests, watch.look().under_way), (0, 2));
+        drop(requests);
+        assert_eq!((watch.look().requests, watch.look().under_way), (2, 0));
+    }
+
+    #[test]
     fn one_of_a_hundred_may_be_longer() {
         let times = Arc::new(RequestTimes::default());
         assert!(times.start().is_none(), "nobody watches");
         let mut watch = times.watch();
-        assert_eq!(watch.take(), Window { requests: 0, p99: Duration::ZERO });
+        assert_eq!(watch.take(), Window { requests: 0, p99: Duration::ZERO, under_way: 0 });
         (0..990).for_each(|_| times.note(Duration::from_micros(100)));
         (0..10).for_each(|_| times.note(Duration::from_millis(50)));
         assert!(watch.look().p99 < Duration::from_micros(130), "{:?}", watch.look());

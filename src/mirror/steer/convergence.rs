@@ -9,10 +9,15 @@ use std::time::Duration;
 /// In the background it may take this much longer, and this many times longer, than with write-blocking.
 const SLACK: Duration = Duration::from_millis(500);
 const WORTH: f64 = 4.0;
-/// So many looks in a row must say so.
+/// A judgement needs so many bytes that became clean, or so long a time.
+const CLEARED_ENOUGH: u64 = 32 << 20;
+const LONG_ENOUGH: Duration = Duration::from_secs(2);
+/// So many judgements in a row must say so.
 const LOOKS: u32 = 2;
 /// Guests write little if that is this part of what was too much, at most. Waiting for the target makes them slower by itself.
 const LITTLE: f64 = 0.1;
+/// ... or this part of what was copied then.
+const COPIED_PART: f64 = 0.25;
 /// ... for this long, and longer if the last time it was not true for long.
 const QUIET: Duration = Duration::from_secs(2);
 const QUIET_MAX: Duration = Duration::from_secs(64);
@@ -27,40 +32,65 @@ pub(super) struct Sample {
     pub(super) guest_bytes: u64,
     /// All of the disk was copied once: what is dirty now is the guest's.
     pub(super) full_pass: bool,
-    /// How long it may take in any case; zero where nothing was asked for.
-    pub(super) time_left: Duration,
+    /// Bytes read and written for it.
+    pub(super) copied: u64,
+    /// It will be ready by the time that was asked for: it may be slow.
+    pub(super) in_time: bool,
 }
 
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Convergence {
+    /// What has come together since the last judgement.
+    sum: Sum,
     behind: u32,
     quiet: Duration,
     quiet_needed: Duration,
     /// Time in the background since guests were let off waiting.
     background: Duration,
-    /// What guests wrote per second when that was too much.
+    /// What guests wrote per second when that was too much, and what was copied then.
     too_much: f64,
+    copied: f64,
+}
+
+#[derive(Debug, Default)]
+struct Sum {
+    elapsed: Duration,
+    cleared: u64,
+    marked: u64,
+    guest_bytes: u64,
+    copied: u64,
 }
 
 impl Convergence {
     pub(super) fn new() -> Self {
-        Convergence { behind: 0, quiet: Duration::ZERO, quiet_needed: QUIET, background: QUIET_MAX, too_much: 0.0 }
+        Convergence {
+            sum: Sum::default(),
+            behind: 0,
+            quiet: Duration::ZERO,
+            quiet_needed: QUIET,
+            background: QUIET_MAX,
+            too_much: 0.0,
+            copied: 0.0,
+        }
     }
 
     /// In the background. True: from now on guests are to wait for both images.
     pub(super) fn must_block(&mut self, sample: &Sample) -> bool {
         self.background += sample.elapsed;
-        if sample.dirty == 0 || sample.cleared == 0 {
-            self.behind = 0;
+        if sample.dirty == 0 || sample.in_time {
+            (self.behind, self.sum) = (0, Sum::default());
             return false;
         }
-        let seconds = sample.elapsed.as_secs_f64();
-        let (dirty, cleared) = (sample.dirty as f64, sample.cleared as f64 / seconds);
-        let gain = cleared - sample.marked as f64 / seconds;
-        let blocking = dirty / cleared;
-        let allowed = (blocking * WORTH + SLACK.as_secs_f64()).max(sample.time_left.as_secs_f64());
-        let is_behind = gain <= 0.0 || dirty / gain > allowed;
+        let Some(sum) = self.enough(sample) else { return false };
+        if sum.cleared == 0 {
+            // It stands still: that is no matter of speed.
+            return false;
+        }
+        let seconds = sum.elapsed.as_secs_f64();
+        let (dirty, cleared) = (sample.dirty as f64, sum.cleared as f64 / seconds);
+        let gain = cleared - sum.marked as f64 / seconds;
+        let is_behind = gain <= 0.0 || dirty / gain > dirty / cleared * WORTH + SLACK.as_secs_f64();
         self.behind = if is_behind { self.behind + 1 } else { 0 };
         // What was seen in the first pass counts, but before its end there is nothing that guests could keep clean.
         if !sample.full_pass || self.behind < LOOKS {
@@ -71,19 +101,31 @@ impl Convergence {
         self.quiet_needed = if early { (self.quiet_needed * 2).min(QUIET_MAX) } else { QUIET };
         self.behind = 0;
         self.quiet = Duration::ZERO;
-        self.too_much = sample.guest_bytes as f64 / seconds;
+        (self.too_much, self.copied) = (sum.guest_bytes as f64 / seconds, sum.copied as f64 / seconds);
         true
+    }
+
+    /// A slow copy ends a claim now and then: what a short time shows of it is nothing or too much.
+    fn enough(&mut self, sample: &Sample) -> Option<Sum> {
+        let sum = &mut self.sum;
+        sum.elapsed += sample.elapsed;
+        sum.cleared += sample.cleared;
+        sum.marked += sample.marked;
+        sum.guest_bytes += sample.guest_bytes;
+        sum.copied += sample.copied;
+        (sum.cleared >= CLEARED_ENOUGH || sum.elapsed >= LONG_ENOUGH).then(|| std::mem::take(sum))
     }
 
     /// While guests wait for both images. True: from now on they need not.
     pub(super) fn may_release(&mut self, sample: &Sample) -> bool {
-        let little = sample.guest_bytes as f64 <= self.too_much * LITTLE * sample.elapsed.as_secs_f64();
-        let quiet = sample.dirty == 0 && little;
+        let little = (self.too_much * LITTLE).max(self.copied * COPIED_PART) * sample.elapsed.as_secs_f64();
+        let quiet = sample.dirty == 0 && sample.guest_bytes as f64 <= little;
         self.quiet = if quiet { self.quiet + sample.elapsed } else { Duration::ZERO };
         if self.quiet < self.quiet_needed {
             return false;
         }
         self.background = Duration::ZERO;
+        self.sum = Sum::default();
         true
     }
 }
@@ -94,15 +136,17 @@ mod tests {
 
     const LOOK: Duration = Duration::from_millis(100);
 
+    /// Of MiB.
     fn sample(dirty: u64, cleared: u64, marked: u64) -> Sample {
         Sample {
             elapsed: LOOK,
-            dirty,
-            cleared,
-            marked,
-            guest_bytes: marked,
+            dirty: dirty << 20,
+            cleared: cleared << 20,
+            marked: marked << 20,
+            guest_bytes: marked << 20,
             full_pass: true,
-            time_left: Duration::ZERO,
+            copied: cleared << 20,
+            in_time: false,
         }
     }
 
@@ -129,21 +173,26 @@ mod tests {
         assert_eq!(blocks_after(&[early, early, early, behind]), Some(3), "at its end");
         assert_eq!(blocks_after(&[Sample { cleared: 0, ..behind }; 9]), None);
         assert_eq!(blocks_after(&[sample(0, 100, 100); 9]), None);
-        let in_time = Sample { time_left: Duration::from_secs(60), ..sample(800, 100, 95) };
-        assert_eq!(blocks_after(&[in_time; 9]), None);
-        assert_eq!(
-            blocks_after(&[Sample { time_left: Duration::from_secs(60), ..behind }; 9]),
-            Some(1),
-            "it never will"
-        );
+        assert_eq!(blocks_after(&[Sample { in_time: true, ..behind }; 9]), None);
         assert_eq!(blocks_after(&[behind, sample(0, 1, 0), behind, sample(0, 1, 0)]), None, "not two in a row");
+    }
+
+    /// 4 MiB/s: a claim of 1 MiB ends in every second or third look, four of them at once in every tenth.
+    #[test]
+    fn a_copy_that_is_slow_is_judged_by_more_than_a_look() {
+        let look = |at: usize| sample(800, if at % 10 == 9 { 4 } else { 0 }, if at % 2 == 0 { 1 } else { 0 });
+        let looks: Vec<Sample> = (0..100).map(look).collect();
+        assert!(blocks_after(&looks).is_some(), "5 MiB/s are written, 4 copied");
+        let look = |at: usize| sample(800, if at % 10 == 9 { 4 } else { 0 }, if at % 10 == 0 { 1 } else { 0 });
+        let looks: Vec<Sample> = (0..100).map(look).collect();
+        assert_eq!(blocks_after(&looks), None, "1 MiB/s is written");
     }
 
     #[test]
     fn guests_are_let_off_when_they_write_little_and_longer_after_it_was_too_early() {
         let mut convergence = Convergence::new();
-        let busy = Sample { guest_bytes: 11, ..sample(0, 0, 0) };
-        let calm = Sample { guest_bytes: 9, ..busy };
+        let busy = Sample { guest_bytes: 26 << 20, ..sample(0, 0, 0) };
+        let calm = Sample { guest_bytes: 24 << 20, ..busy };
         let looks =
             |convergence: &mut Convergence, sample: &Sample| (1..1000).find(|_| convergence.may_release(sample));
         let behind = |convergence: &mut Convergence| (1..1000).find(|_| convergence.must_block(&sample(800, 100, 100)));

@@ -9,6 +9,8 @@ use std::time::Duration;
 /// Of the time that was left at first: this part is kept for the last flush.
 const RESERVE_PART: u32 = 33;
 const RESERVE_MAX: Duration = Duration::from_secs(60);
+/// No limit is lower: the last pieces are to be done at once.
+const LIMIT_MIN: u64 = 1 << 20;
 /// Nothing is planned for less time than this.
 const SOON: f64 = 0.05;
 /// How far an average looks back.
@@ -102,7 +104,7 @@ impl FinishBy {
             false => (gain > 0.0).then(|| Duration::try_from_secs_f64(remaining / gain).ok()).flatten(),
         };
         self.forecast = Forecast { in_time: Some(in_time), ready_in };
-        self.limit = if in_time { (needed as u64).max(1) } else { 0 };
+        self.limit = if in_time { (needed as u64).max(LIMIT_MIN) } else { 0 };
         self.limit
     }
 

@@ -53,11 +53,14 @@ impl GuestFirst {
     }
 
     /// Takes what guests met in the last `elapsed`, in which the copy went at `rate` bytes per second.
-    pub(super) fn look(&mut self, window: Window, rate: u64, elapsed: Duration) {
-        self.p99 = (window.requests > 0).then_some(window.p99);
-        let p99 = window.p99;
+    /// `blocking`: guests wait for both images.
+    pub(super) fn look(&mut self, window: Window, rate: u64, elapsed: Duration, blocking: bool) {
+        // Nothing has ended, and something is under way: it takes this long at least.
+        let hangs = window.requests == 0 && window.under_way > 0;
+        let p99 = if hangs { elapsed } else { window.p99 };
+        self.p99 = (window.requests > 0 || hangs).then_some(p99);
         if p99 > self.bound {
-            self.in_vain = if self.limit == FLOOR { self.in_vain + elapsed } else { Duration::ZERO };
+            self.in_vain = if self.limit == FLOOR && blocking { self.in_vain + elapsed } else { Duration::ZERO };
             self.limit = (self.limit.min(rate.max(FLOOR) * 2) / 2).max(FLOOR);
             self.met = true;
             return;
@@ -68,6 +71,11 @@ impl GuestFirst {
         if !near && holds_back {
             self.limit += if self.met { (self.limit / 8).max(FLOOR / 8) } else { self.limit };
         }
+    }
+
+    /// Guests wait for both images from now on.
+    pub(super) fn begin_blocking(&mut self) {
+        self.in_vain = Duration::ZERO;
     }
 
     /// What guests met last: 99 of 100 requests took no longer. `None`: there were none.
@@ -91,7 +99,7 @@ mod tests {
     fn guest_beside(copy: u64) -> Window {
         let load = copy as f64 / (400 << 20) as f64;
         let p99 = Duration::from_micros(500).div_f64((1.0 - load).max(0.001));
-        Window { requests: 5000, p99 }
+        Window { requests: 5000, p99, under_way: 0 }
     }
 
     #[test]
@@ -100,7 +108,7 @@ mod tests {
         let (mut rate, mut over, mut copied) = (8 << 20, 0, 0);
         for window in 0..600 {
             let seen = guest_beside(rate);
-            guest_first.look(seen, rate, WINDOW);
+            guest_first.look(seen, rate, WINDOW, false);
             if window >= 20 {
                 over += u32::from(seen.p99 > Duration::from_millis(2));
                 copied += rate / 5;
@@ -116,17 +124,22 @@ mod tests {
     #[test]
     fn a_guest_that_is_slow_by_itself_leaves_the_copy_its_floor() {
         let mut guest_first = GuestFirst::new(Duration::from_millis(1));
-        let slow = Window { requests: 100, p99: Duration::from_millis(80) };
+        let slow = Window { requests: 100, p99: Duration::from_millis(80), under_way: 1 };
         let mut rate = 300 << 20;
         for _ in 0..20 {
-            guest_first.look(slow, rate, WINDOW);
+            guest_first.look(slow, rate, WINDOW, false);
             rate = guest_first.limit();
         }
-        assert_eq!(rate, FLOOR);
+        assert_eq!((rate, guest_first.in_vain()), (FLOOR, Duration::ZERO), "it is not the waiting for both images");
+        guest_first.begin_blocking();
+        (0..10).for_each(|_| guest_first.look(slow, rate, WINDOW, true));
         assert!(guest_first.in_vain() >= WINDOW * 8, "{:?}", guest_first.in_vain());
-        let quiet = Window { requests: 0, p99: Duration::ZERO };
+        let hanging = Window { requests: 0, p99: Duration::ZERO, under_way: 1 };
+        guest_first.look(hanging, rate, WINDOW, false);
+        assert_eq!((guest_first.limit(), guest_first.p99()), (FLOOR, Some(WINDOW)), "who hangs is not quiet");
+        let quiet = Window { requests: 0, p99: Duration::ZERO, under_way: 0 };
         for _ in 0..60 {
-            guest_first.look(quiet, rate, WINDOW);
+            guest_first.look(quiet, rate, WINDOW, false);
             rate = guest_first.limit();
         }
         assert!(rate > 200 << 20, "the guest is quiet: {rate}");
@@ -136,9 +149,10 @@ mod tests {
     #[test]
     fn a_copy_that_is_slow_for_other_reasons_is_not_allowed_ever_more() {
         let mut guest_first = GuestFirst::new(Duration::from_millis(1));
-        guest_first.look(Window { requests: 100, p99: Duration::from_millis(2) }, 80 << 20, WINDOW);
+        let window = |p99| Window { requests: 100, p99, under_way: 0 };
+        guest_first.look(window(Duration::from_millis(2)), 80 << 20, WINDOW, false);
         for _ in 0..1000 {
-            guest_first.look(Window { requests: 100, p99: Duration::from_micros(10) }, 30 << 20, WINDOW);
+            guest_first.look(window(Duration::from_micros(10)), 30 << 20, WINDOW, false);
         }
         assert!(guest_first.limit() < 80 << 20, "{}", guest_first.limit());
     }

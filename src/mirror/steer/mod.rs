@@ -22,6 +22,8 @@ use crate::volume::request_times::Watch;
 
 /// How far two looks are apart at least.
 const LOOK: Duration = Duration::from_millis(100);
+/// Who has not looked for so long knows nothing: the job was paused, or the machine was.
+const GAP: Duration = Duration::from_secs(2);
 /// After a guest gave up on the target, or waiting for it made guests' requests too long, guests do not wait for it this long.
 pub(super) const REST: Duration = Duration::from_secs(10);
 /// Guests' requests are too long for so long, and the copy is not to blame: then it is the waiting for both images.
@@ -47,6 +49,9 @@ pub(super) struct Steer {
     finish_by: FinishBy,
     /// At the last look all of the source had been looked at.
     scanned: bool,
+    /// The limits of the two rules, 0 being none.
+    guest_limit: u64,
+    time_limit: u64,
     blocking_failed_at: Option<Instant>,
 }
 
@@ -70,7 +75,8 @@ impl Counts {
     fn of(job: &Job, live: &Live) -> Self {
         let (dirtied, synchronous) = live.tracking.traffic();
         Counts {
-            copied: job.copied(),
+            // What a target had to write in place of holes was work too.
+            copied: job.copied() + job.counters.zeroed.load(Relaxed),
             cleared: job.counters.cleared.load(Relaxed),
             open: live.map.dirty_bytes() + live.map.in_flight_bytes(),
             guest: dirtied + synchronous,
@@ -88,6 +94,8 @@ impl Steer {
             guest_first: None,
             finish_by: FinishBy::default(),
             scanned: false,
+            guest_limit: 0,
+            time_limit: 0,
             blocking_failed_at: None,
         };
         steer.take_over(job, live);
@@ -97,18 +105,21 @@ impl Steer {
     /// Looks at what has happened and acts on it, if enough time has passed.
     pub(super) fn look(&mut self, job: &Job, live: &Live) {
         self.take_over(job, live);
+        self.block_again(job, live);
         let elapsed = self.looked_at.elapsed();
         if elapsed < LOOK {
             return;
         }
         let (before, now) = (self.counts, Counts::of(job, live));
         (self.counts, self.looked_at) = (now, Instant::now());
-        if job.must_yield() {
+        if job.must_yield() || elapsed >= GAP {
             // Held by a pause or an error nothing is copied, and a cutover has its own pace; whether guests' writes go to both images is
             // then the cutover's to say.
             if let Some(watched) = &mut self.guest_first {
                 watched.begin(now.copied);
             }
+            self.finish_by = FinishBy::default();
+            self.show(job);
             return;
         }
         let cleared = now.cleared.saturating_sub(before.cleared);
@@ -118,8 +129,9 @@ impl Steer {
             let state = job.state.lock();
             (state.copy_mode, state.scanned, state.ready)
         };
-        let guest_limit = self.guest_first.as_mut().map_or(0, |watched| watched.look(now.copied));
-        let time_limit = match left {
+        let blocking = live.tracking.is_synchronous();
+        self.guest_limit = self.guest_first.as_mut().map_or(0, |watched| watched.look(now.copied, blocking));
+        self.time_limit = match left {
             Some(left) if !ready => self.finish_by.look(&finish_by::Sample {
                 elapsed,
                 left,
@@ -132,8 +144,9 @@ impl Steer {
             _ => 0,
         };
         self.scanned = scanned;
-        job.pacer.set_own_speed(lower(guest_limit, time_limit));
+        self.limit(job);
         self.show(job);
+        let in_time = self.time_limit > 0 && self.finish_by.forecast().in_time == Some(true);
         let full_pass = scanned && job.counters.passes.load(Relaxed) > 0;
         self.choose(
             job,
@@ -146,27 +159,50 @@ impl Steer {
                 marked,
                 guest_bytes: now.guest.saturating_sub(before.guest),
                 full_pass,
-                time_left: left.filter(|_| !ready).unwrap_or_default(),
+                copied: now.copied.saturating_sub(before.copied),
+                in_time,
             },
         );
     }
 
+    /// It is ready: from here on it follows, as fast as it can.
+    pub(super) fn arrived(&mut self, job: &Job) {
+        if job.state.lock().ready {
+            self.time_limit = 0;
+            self.limit(job);
+        }
+    }
+
+    fn limit(&self, job: &Job) {
+        job.pacer.set_own_speed(lower(self.guest_limit, self.time_limit));
+    }
+
+    /// Guests that were told to wait for both images do so again when the target has rested: not only at the next look, before which they
+    /// may write.
+    fn block_again(&self, job: &Job, live: &Live) {
+        let wanted = job.state.lock().copy_mode == CopyMode::WriteBlocking;
+        // Whether guests' writes go to the target during a cutover is the cutover's to say.
+        if wanted && !live.tracking.is_synchronous() && self.may_block(job) && !job.frozen.load(SeqCst) {
+            live.tracking.set_synchronous(true);
+        }
+    }
+
+    fn may_block(&self, job: &Job) -> bool {
+        let rested = |at: Option<Instant>| at.is_none_or(|at| at.elapsed() >= REST);
+        rested(job.state.lock().stalled_at) && rested(self.blocking_failed_at)
+    }
+
     /// Whether guests are to wait for both images.
     fn choose(&mut self, job: &Job, live: &Live, mode: CopyMode, sample: &convergence::Sample) {
-        let synchronous = live.tracking.is_synchronous();
-        let rested = |at: Option<Instant>| at.is_none_or(|at| at.elapsed() >= REST);
-        let may_block = rested(job.state.lock().stalled_at) && rested(self.blocking_failed_at);
         match mode {
-            CopyMode::Background => (),
-            CopyMode::WriteBlocking => {
-                if !synchronous && may_block {
-                    live.tracking.set_synchronous(true);
-                }
-            }
-            CopyMode::Auto if !synchronous => {
-                if self.convergence.must_block(sample) && may_block {
+            CopyMode::Background | CopyMode::WriteBlocking => (),
+            CopyMode::Auto if !live.tracking.is_synchronous() => {
+                if self.may_block(job) && self.convergence.must_block(sample) {
                     log::info!("job {}: the copy does not gain on the guest: write-blocking from now on", job.id());
                     live.tracking.set_synchronous(true);
+                    if let Some(watched) = &mut self.guest_first {
+                        watched.rule.begin_blocking();
+                    }
                 }
             }
             CopyMode::Auto => {
@@ -189,11 +225,10 @@ impl Steer {
         if told == self.pace {
             return;
         }
-        let mut own = job.pacer.own_speed();
         if told.finish_by != self.pace.finish_by {
             self.finish_by = FinishBy::default();
             let left = told.finish_by.map(time_left);
-            own = left.map_or(0, |left| FinishBy::begin(self.counts.open + unseen(job, live), left));
+            self.time_limit = left.map_or(0, |left| FinishBy::begin(self.counts.open + unseen(job, live), left));
         }
         let bound = self.guest_first.as_ref().map(|watched| watched.rule.bound());
         if told.guest_first != bound {
@@ -201,13 +236,11 @@ impl Steer {
                 rule: GuestFirst::new(bound),
                 watch: job.volume.request_times().watch(),
                 since: Instant::now(),
-                copied: job.copied(),
+                copied: self.counts.copied,
             });
         }
-        job.pacer.set_own_speed(match &self.guest_first {
-            Some(watched) => lower(watched.rule.limit(), own),
-            None => own,
-        });
+        self.guest_limit = self.guest_first.as_ref().map_or(0, |watched| watched.rule.limit());
+        self.limit(job);
         self.pace = told;
     }
 
@@ -232,11 +265,11 @@ impl Watched {
         self.watch.take();
     }
 
-    fn look(&mut self, copied: u64) -> u64 {
+    fn look(&mut self, copied: u64, blocking: bool) -> u64 {
         let elapsed = self.since.elapsed();
         if GuestFirst::is_enough(self.watch.look(), elapsed) {
             let rate = (copied.saturating_sub(self.copied) as f64 / elapsed.as_secs_f64()) as u64;
-            self.rule.look(self.watch.take(), rate, elapsed);
+            self.rule.look(self.watch.take(), rate, elapsed, blocking);
             (self.since, self.copied) = (Instant::now(), copied);
         }
         self.rule.limit()

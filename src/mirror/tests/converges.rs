@@ -158,3 +158,20 @@ fn write_blocking_keeps_both_images_equal_while_guests_overlap() {
     wait_for("in sync", || job.info().in_sync);
     assert!(read_all(&*source) == read_all(&*target));
 }
+
+/// Zeroes that a target has to write take its time as data does.
+#[test]
+fn zeroes_that_are_really_written_count_against_the_limit() {
+    let world = World::new();
+    let volume = volume("disk", disk(128));
+    let target =
+        MemoryImage::with_options("target", 128 << 20, MemoryOptions { can_discard: false, ..Default::default() });
+    let options = MirrorOptions { speed_bytes_per_second: 128 << 20, ..MirrorOptions::new("j", "target") };
+    let begun = std::time::Instant::now();
+    let job = world.mirror_onto(&volume, target.clone(), false, options);
+    wait_for("ready", || job.status() == JobStatus::Ready);
+    // A second's worth, less one burst and the first stretch of each copier: never faster, however slow the machine.
+    let took = begun.elapsed();
+    assert!(job.info().zeroed_bytes >= 128 << 20);
+    assert!(took >= std::time::Duration::from_millis(200), "{took:?}");
+}

@@ -34,6 +34,10 @@ impl Clearing for JobClearing {
         known && self.job.counters.scanned_to.load(SeqCst) >= range.end() && self.live.map.is_quiet(range)
     }
 
+    fn failed_flushes(&self) -> u64 {
+        self.live.target.failed_flushes()
+    }
+
     fn flush_both(&self) -> Result<()> {
         // Over the target's queue: one that hangs must not keep the job from ending.
         let ticket = self.live.tracking.queue().submit_flush();

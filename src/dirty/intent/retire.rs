@@ -35,6 +35,10 @@ pub trait Clearing: Send + Sync {
     /// [`DirtyMap::is_quiet`](crate::dirty::DirtyMap::is_quiet).
     fn is_quiet(&self, range: ByteRange) -> bool;
 
+    /// How many flushes of the target have failed so far, whoever asked for them: what they had not proven was made dirty, and may have been
+    /// copied again since, which no flush has proven then. Counted before it is made dirty.
+    fn failed_flushes(&self) -> u64;
+
     /// Flushes source and target, both begun after the call. May take as long as it must.
     ///
     /// # Errors
@@ -83,6 +87,7 @@ impl Inner {
         self.queue.lock().newly_set = false;
         self.passes.fetch_add(1, Relaxed);
         let now = self.settings.clock.seconds();
+        let failed_before = clearing.failed_flushes();
         let mut retiring = Vec::new();
         let mut next = Next::WhenMarked;
         for region in self.regions.marked() {
@@ -97,7 +102,7 @@ impl Inner {
             next = Next::After(if let Next::After(sooner) = next { sooner.min(wait) } else { wait });
         }
         let looked_at = retiring.len();
-        if retiring.is_empty() || self.clear(retiring, clearing) == looked_at {
+        if retiring.is_empty() || self.clear(retiring, clearing, failed_before) == looked_at {
             return next;
         }
         Next::After(self.interval())
@@ -140,14 +145,17 @@ impl Inner {
         self.regions.get(number).change(State::Retiring, State::Set);
     }
 
-    /// (b) and (c), and waits for (d). Returns how many regions are clear now.
-    fn clear(&self, mut retiring: Vec<u32>, clearing: &dyn Clearing) -> usize {
+    /// (b) and (c), and waits for (d). Returns how many regions are clear now. `failed_before`: so many flushes of the target had failed
+    /// before (a).
+    fn clear(&self, mut retiring: Vec<u32>, clearing: &dyn Clearing, failed_before: u64) -> usize {
         let flushed = clearing.flush_both();
+        // One that began before (a) and failed after it: what it made dirty may be quiet again, copied but not flushed.
+        let proven = flushed.is_ok() && clearing.failed_flushes() == failed_before;
         if let Err(error) = &flushed {
             log::debug!("{}: nothing is cleared: {error}", self.name);
         }
         retiring.retain(|&number| {
-            let quiet = flushed.is_ok() && clearing.is_quiet(self.layout.bytes_of(number, number + 1));
+            let quiet = proven && clearing.is_quiet(self.layout.bytes_of(number, number + 1));
             if !quiet {
                 self.set_back(number);
             }

@@ -63,6 +63,7 @@ pub(super) struct World {
     disks: Mutex<Disks>,
     pub(super) faults: Mutex<Faults>,
     pub(super) flushes: AtomicU64,
+    pub(super) failed_flushes: AtomicU64,
     /// Called in the middle of each flush of both images.
     pub(super) in_flush: Mutex<Option<Box<dyn FnMut() + Send>>>,
     pub(super) forgotten: Mutex<Vec<String>>,
@@ -97,6 +98,7 @@ impl World {
             disks: Mutex::new(disks),
             faults: Mutex::default(),
             flushes: AtomicU64::new(0),
+            failed_flushes: AtomicU64::new(0),
             in_flush: Mutex::default(),
             forgotten: Mutex::default(),
             in_forget: Mutex::default(),
@@ -282,6 +284,10 @@ impl Clearing for World {
         let mut touched = Layout::new(self.size_bytes).touched(range);
         let disks = self.disks.lock().unwrap();
         touched.all(|at| !disks.dirty[at as usize] && !disks.claimed[at as usize])
+    }
+
+    fn failed_flushes(&self) -> u64 {
+        self.failed_flushes.load(SeqCst)
     }
 
     fn flush_both(&self) -> Result<()> {

@@ -104,6 +104,22 @@ fn what_becomes_dirty_during_the_flush_stays_marked() {
     assert_eq!((state(&log, 1), log.syncs()), (State::Set, 0));
 }
 
+/// Seed 5835 of the simulation: the failed flush had begun before the pass.
+#[test]
+fn what_a_failed_flush_made_dirty_stays_marked_though_it_was_copied_again() {
+    let world = World::new(8);
+    let log = world.log_with(Duration::from_secs(60), &[1]);
+    let during = Arc::downgrade(&world);
+    *world.in_flush.lock().unwrap() = Some(Box::new(move || {
+        during.upgrade().unwrap().failed_flushes.fetch_add(1, SeqCst);
+    }));
+    log.inner.pass(&*world);
+    assert_eq!((state(&log, 1), log.syncs()), (State::Set, 0));
+    *world.in_flush.lock().unwrap() = None;
+    log.inner.pass(&*world);
+    assert_eq!(log.marked_bytes(), 0);
+}
+
 #[test]
 fn a_write_that_marked_dirty_between_the_looks_is_seen() {
     /// Says that all is quiet, lets a write come and go, and tells the truth from then on.
@@ -118,6 +134,9 @@ fn a_write_that_marked_dirty_between_the_looks_is_seen() {
                 drop(passage);
             }
             quiet
+        }
+        fn failed_flushes(&self) -> u64 {
+            self.0.failed_flushes()
         }
         fn flush_both(&self) -> Result<()> {
             self.0.flush_both()

@@ -70,3 +70,73 @@ fn what_both_have_lost_the_guests_next_flush_tells() {
     mounted.note_processes();
     mounted.unmount();
 }
+
+/// A mount whose guest has written 4096 ones that both servers have lost; the NBD server is there again.
+fn after_a_loss(place: &Place, image: &Path) -> (Server, Mounted, File) {
+    let mut server = forgetful(place, image);
+    let mounted = Mount::of(place, [server.uri()]).start();
+    let disk = open(&mounted);
+    disk.write_all_at(&[1; 4096], 0).unwrap();
+    server.kill();
+    mortal::strike(mounted.keeper_pid, Signal::SIGKILL);
+    server.restart();
+    (server, mounted, disk)
+}
+
+#[track_caller]
+fn assert_told_once(disk: &File) {
+    assert_eq!(disk.sync_all().unwrap_err().raw_os_error(), Some(libc::EIO));
+    disk.sync_all().unwrap();
+}
+
+#[test]
+fn a_flush_of_nobodys_does_not_take_what_the_guest_is_to_be_told() {
+    let place = Place::in_memory();
+    let image = place.sparse("a.img", SIZE);
+    let (_server, mut mounted, disk) = after_a_loss(&place, &image);
+    // The server flushes, says who uses the disk, and goes on; one that is still coming up would just end.
+    disk.read_exact_at(&mut [0; 4096], 4096).unwrap();
+    mortal::strike(mounted.keeper_pid, Signal::SIGTERM);
+    wait::until("it to have flushed", || mounted.log().contains("the disks stay usable"));
+    mortal::strike(mounted.keeper_pid, Signal::SIGKILL);
+    assert_told_once(&disk);
+    drop(disk);
+    mounted.note_processes();
+    mounted.unmount();
+}
+
+#[test]
+fn a_cutover_in_between_does_not_keep_it_from_the_guest() {
+    let place = Place::in_memory();
+    let image = place.sparse("a.img", SIZE);
+    let (_server, mut mounted, disk) = after_a_loss(&place, &image);
+    let copy = place.at("b.img");
+    mounted.mirror(&copy, &[]);
+    mounted.wait_ready();
+    mounted.cutover();
+    assert_told_once(&disk);
+    drop(disk);
+    mounted.note_processes();
+    mounted.unmount();
+}
+
+#[test]
+fn a_flush_that_was_refused_the_next_server_tells_of_too() {
+    let place = Place::in_memory();
+    let image = place.sparse("a.img", SIZE);
+    let refuses = place.at("refuses");
+    let flush = format!("flush=test ! -e {} || {{ echo EIO gone >&2; exit 1; }}", refuses.display());
+    let server = Server::script(&place, "a.sock", &image, &["can_flush=exit 0", &flush]);
+    let mut mounted = Mount::of(&place, [server.uri()]).start();
+    let disk = open(&mounted);
+    disk.write_all_at(&[1; 4096], 0).unwrap();
+    fs::write(&refuses, "").unwrap();
+    mortal::strike(mounted.keeper_pid, Signal::SIGKILL);
+    wait::until("the next server's flush", || mounted.log().contains("cannot be flushed"));
+    fs::remove_file(&refuses).unwrap();
+    mortal::strike(mounted.keeper_pid, Signal::SIGKILL);
+    assert_told_once(&disk);
+    drop(disk);
+    mounted.note_processes();
+    mounted.unmount();
+}

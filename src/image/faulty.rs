@@ -110,6 +110,7 @@ pub struct FaultyImage {
     faults: Mutex<Vec<Fault>>,
     counts: [AtomicU64; OPERATIONS],
     given_up: AtomicU64,
+    owed: Mutex<Option<Error>>,
 }
 
 /// What is left to do for a request once delays and gates are passed.
@@ -128,7 +129,13 @@ impl FaultyImage {
             faults: Mutex::new(Vec::new()),
             counts: std::array::from_fn(|_| AtomicU64::new(0)),
             given_up: AtomicU64::new(0),
+            owed: Mutex::new(None),
         })
+    }
+
+    /// What was written may be gone: flushes fail with `error` until a guest was told.
+    pub fn lose(&self, error: Error) {
+        *self.owed.lock() = Some(error);
     }
 
     /// Adds a fault.
@@ -262,7 +269,16 @@ impl Image for FaultyImage {
     }
 
     fn flush(&self) -> Result<()> {
-        self.run(Operation::Flush, None, |_| drop(self.inner.flush()), || self.inner.flush())
+        let flushed = self.run(Operation::Flush, None, |_| drop(self.inner.flush()), || self.inner.flush());
+        self.owes().map_or(flushed, Err)
+    }
+
+    fn owes(&self) -> Option<Error> {
+        self.owed.lock().clone()
+    }
+
+    fn told(&self) {
+        *self.owed.lock() = None;
     }
 
     fn extent_at(&self, offset: u64) -> Extent {

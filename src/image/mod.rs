@@ -253,6 +253,16 @@ pub trait Image: Send + Sync + fmt::Debug {
     /// After a failure nothing is known of the writes since the last success, and a later success does not change that.
     fn flush(&self) -> Result<()>;
 
+    /// A loss of acknowledged writes that no guest was told of ([`Image::told`]) and that reading does not show, whether or not a flush of
+    /// somebody else's has failed with it. Known without I/O. An image whose losses show in what is read, or last no longer than this
+    /// process, has none.
+    fn owes(&self) -> Option<Error> {
+        None
+    }
+
+    /// A guest's flush has failed with what a flush of this image has reported: nobody needs to be told any more.
+    fn told(&self) {}
+
     /// The extent that holds the byte at `offset` (< size), from `offset` on. Asked lazily: one call costs one look, however
     /// large the image. An image that cannot tell answers `Data`.
     fn extent_at(&self, offset: u64) -> Extent;

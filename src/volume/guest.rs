@@ -173,6 +173,13 @@ impl Volume {
     /// Outside the barrier, so that a slow flush never holds a cutover up: a cutover that overtakes it has made everything
     /// that was acknowledged before durable in the new image.
     fn flush_both(&self) -> Result<()> {
+        let active = self.active();
+        // The guest has it with the reply. It stays with the image as long as only this process knows of it.
+        self.flush_images().inspect_err(|_| active.told())
+    }
+
+    /// As a guest's flush does, whoever asks.
+    pub(super) fn flush_images(&self) -> Result<()> {
         if let Some(twin) = &*self.twin.load() {
             twin.flush();
         }

@@ -284,11 +284,17 @@ impl Volume {
 
     /// Makes `target`'s image the active one and ends tracking. Reads that are under way end on the old image: they began before any
     /// write that the new one will get. The mirror may flush it still, until [`Volume::part_from`].
+    ///
+    /// A loss of the old image that no guest was told of is told by the next flush: the new image has what was read after it. What flushes of
+    /// a file have met is not that: what is read there, and so is here, has the page cache kept.
     pub fn switch(&self, _barrier: &Raised<'_>, target: Arc<Target>, map: Arc<DirtyMap>) {
+        let owed = self.active.load().0.owes();
         self.active.store(Arc::new(ActiveImage(target.image().clone())));
+        // The mirror has heard of what it owes, and has copied all that again.
+        target.image().told();
         self.former.store(Some(Arc::new(Former::new(target, map))));
         self.flush_failed.store(false, Relaxed);
-        *self.owed.lock() = None;
+        *self.owed.lock() = owed;
         self.tracking.store(None);
         self.intent.store(None);
         self.twin.store(None);
@@ -342,7 +348,10 @@ impl Volume {
     /// # Errors
     /// As [`Volume::flush`].
     pub fn flush_unasked(&self) -> Result<()> {
-        self.flush().inspect_err(|error| self.owe(error.clone()))
+        if self.options.read_only {
+            return Ok(());
+        }
+        self.flush_images().inspect_err(|error| self.owe(error.clone()))
     }
 
     fn owe(&self, error: Error) {

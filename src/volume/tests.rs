@@ -292,3 +292,33 @@ fn a_flush_of_the_mirror_that_fails_after_the_cutover_is_the_guests() {
     assert!(world.volume.flush().is_err());
     world.volume.flush().unwrap();
 }
+
+/// What an image has lost reading does not show, so the next image cannot have it either.
+#[test]
+fn what_the_old_image_owes_is_told_after_the_cutover() {
+    let world = World::new(false);
+    world.source.lose(Error::new(ErrorKind::Failed, "it may be lost:"));
+    world.target.lose(Error::new(ErrorKind::Failed, "the mirror has heard of it:"));
+    let both = Arc::new(Target::new(world.target.clone(), SIZE));
+    world.volume.switch(&world.volume.raise_barrier(None).unwrap(), both, world.map.clone());
+    let error = world.volume.flush().unwrap_err();
+    assert!(error.to_string().contains("it may be lost"), "{error}");
+    world.volume.flush().unwrap();
+}
+
+#[test]
+fn an_image_owes_what_it_has_lost_until_a_guest_was_told() {
+    type Flush = fn(&Volume) -> Result<()>;
+    let flushes: [(Flush, bool); 4] = [
+        (Volume::flush, true),
+        (|volume| volume.write(0, &[1; 512], true).map(drop), true),
+        (Volume::flush_unasked, false),
+        (Volume::flush_for_mirror, false),
+    ];
+    for (flush, is_guests) in flushes {
+        let world = World::new(false);
+        world.source.lose(Error::new(ErrorKind::Failed, "it may be lost:"));
+        flush(&world.volume).unwrap_err();
+        assert_eq!(world.source.owes().is_none(), is_guests);
+    }
+}

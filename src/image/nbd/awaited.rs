@@ -185,6 +185,16 @@ impl Image for AwaitedImage {
         self.image("flush", ByteRange::new(0, 0))?.flush()
     }
 
+    fn owes(&self) -> Option<Error> {
+        self.get().and_then(Image::owes)
+    }
+
+    fn told(&self) {
+        if let Some(image) = self.get() {
+            image.told();
+        }
+    }
+
     /// All data, as long as nobody can be asked.
     fn extent_at(&self, offset: u64) -> Extent {
         let whole = Extent { range: ByteRange::from_bounds(offset, self.size_bytes), status: ExtentStatus::Data };

@@ -16,6 +16,7 @@
 use std::io;
 use std::net::TcpStream;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
@@ -113,7 +114,7 @@ pub(super) struct OpenEnd {
     socket: OwnedFd,
 }
 
-/// A connection whose end was read. It stays parked until this is dropped.
+/// A connection whose end was read, or a word that was left. It stays parked until this is dropped.
 #[derive(Debug)]
 #[must_use]
 pub(super) struct Ended {
@@ -126,6 +127,27 @@ impl Drop for Ended {
             parking.unpark(&self.name);
         }
     }
+}
+
+/// Leaves word for a server of ours to come: what was written to the export of `uri` without a flush may be lost, and no guest was told.
+/// It inherits a connection that is over. `None`: there are no sockets to be had; only this process knows.
+pub(super) fn leave_word(uri: &str) -> Option<Ended> {
+    let ours = match UnixStream::pair() {
+        Ok((ours, _closed_now)) => ours,
+        Err(error) => {
+            log::error!("{uri}: cannot leave word of what may be lost: {error}");
+            return None;
+        }
+    };
+    let name = new_name(uri);
+    if let Some(parking) = &*PARKING.lock() {
+        parking.park(&name, ours.as_fd());
+    }
+    Some(Ended { name })
+}
+
+fn new_name(uri: &str) -> String {
+    format!("{NAME}{}.{} {uri}", std::process::id(), NEXT.fetch_add(1, Relaxed))
 }
 
 /// From now on sockets are parked there.
@@ -211,7 +233,7 @@ impl OpenEnd {
     /// [`ErrorKind::Locked`]: who answers there has this export open with another image already, by the same or another
     /// name. Two images of one export would be a disk and its copy in one place (rule 9).
     pub(super) fn new(uri: &str, socket: OwnedFd, user: User) -> Result<Self> {
-        let name = format!("{NAME}{}.{} {uri}", std::process::id(), NEXT.fetch_add(1, Relaxed));
+        let name = new_name(uri);
         let place = Place::of(uri, socket.as_fd());
         let mut open = OPEN.lock();
         let is_other = |entry: &&Entry| entry.user.is_none_or(|other| other != user && !other.observes);
@@ -307,7 +329,6 @@ mod tests {
     use super::*;
     use std::io::{Read, Write};
     use std::net::TcpListener;
-    use std::os::unix::net::UnixStream;
 
     #[test]
     fn an_export_is_not_opened_before_the_end_of_the_connection_before_was_read() {

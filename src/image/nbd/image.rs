@@ -28,24 +28,25 @@ pub(super) struct NbdImage {
     buffers: Arc<Buffers>,
     /// Nothing else is known of the image's times.
     opened: SystemTime,
-    /// One forced flush at a time, and what it met that nobody was told: the next flush says so.
-    owed: Mutex<Option<Error>>,
+    /// One forced flush at a time.
+    forced: Mutex<()>,
 }
 
 impl NbdImage {
-    /// Connects to `uri`; `observes`: whoever else has it open.
+    /// Connects to `uri`; `observes`: whoever else has it open; `unproven`: as in [`Link::open`].
     pub(super) fn open(
         library: &'static Library,
         uri: &str,
         patience: Patience,
         writable: bool,
         observes: bool,
+        unproven: bool,
     ) -> std::result::Result<Self, NoConnection> {
-        let link = Link::open(library, uri, User::new(observes), patience, writable)?;
+        let link = Link::open(library, uri, User::new(observes), patience, writable, unproven)?;
         let size_bytes = link.export().size_bytes;
-        let (extents, opened, owed) = (Extents::default(), SystemTime::now(), Mutex::new(None));
+        let (extents, opened, forced) = (Extents::default(), SystemTime::now(), Mutex::new(()));
         let (uri, buffers) = (uri.to_owned(), Arc::default());
-        Ok(NbdImage { uri, link, patience, writable, size_bytes, extents, buffers, opened, owed })
+        Ok(NbdImage { uri, link, patience, writable, size_bytes, extents, buffers, opened, forced })
     }
 
     /// A server of ours that used this export has died; `ended`: its connections that were over before this one came.
@@ -92,10 +93,7 @@ impl NbdImage {
     }
 
     fn failed(&self, what: &str, range: ByteRange, trouble: &Trouble) -> Error {
-        let error = match trouble {
-            Trouble::Server(errno) => Error::io(what, &std::io::Error::from_raw_os_error(*errno)).on(&*self.uri),
-            _ => Error::new(ErrorKind::Failed, format!("{what} ({trouble})")).on(&*self.uri),
-        };
+        let error = trouble.error(what, &self.uri);
         if range.is_empty() { error } else { error.at(range) }
     }
 
@@ -138,7 +136,7 @@ impl NbdImage {
         if self.link.has_room_for(bytes) {
             return Ok(());
         }
-        let mut owed = self.owed.lock();
+        let _one = self.forced.lock();
         if self.link.has_room_for(bytes) {
             return Ok(());
         }
@@ -147,12 +145,10 @@ impl NbdImage {
             Err(trouble) => {
                 let error = self.failed("cannot flush", ByteRange::new(0, 0), &trouble);
                 log::error!("{error}");
-                // What the server says of its flush concerns writes before this one; without an answer this one has no room.
+                // What the server says of its flush concerns writes before this one, and the next flush says so; without an answer this
+                // one has no room.
                 match trouble {
-                    Trouble::Server(_) | Trouble::Refused(_) => {
-                        owed.get_or_insert(error);
-                        Ok(())
-                    }
+                    Trouble::Server(_) | Trouble::Refused(_) => Ok(()),
                     _ => Err(error),
                 }
             }
@@ -331,11 +327,20 @@ impl Image for NbdImage {
         self.settled(ByteRange::new(0, self.size_bytes)).map_err(failed)?;
         let flushed = self.link.flush().map_err(failed);
         self.buffers.trim();
-        let owed = self.owed.lock().take();
-        match self.link.left_behind.take(&self.uri).or(owed) {
+        // One that is under way may meet what this one does not.
+        drop(self.forced.lock());
+        match self.link.left_behind.report() {
             Some(owed) => Err(owed),
             None => flushed,
         }
+    }
+
+    fn owes(&self) -> Option<Error> {
+        self.link.left_behind.owes()
+    }
+
+    fn told(&self) {
+        self.link.left_behind.told();
     }
 
     fn extent_at(&self, offset: u64) -> Extent {
@@ -375,6 +380,16 @@ impl Image for NbdImage {
 impl Drop for NbdImage {
     fn drop(&mut self) {
         self.link.close();
+    }
+}
+
+impl Trouble {
+    /// As the error of `what`, which was attempted on the export of `uri`.
+    pub(super) fn error(&self, what: &str, uri: &str) -> Error {
+        match self {
+            Trouble::Server(errno) => Error::io(what, &std::io::Error::from_raw_os_error(*errno)).on(uri),
+            _ => Error::new(ErrorKind::Failed, format!("{what} ({self})")).on(uri),
+        }
     }
 }
 

@@ -110,7 +110,7 @@ impl std::fmt::Debug for Link {
 }
 
 impl Link {
-    /// Connects `user` for the first time.
+    /// Connects `user` for the first time. `unproven`: a server of ours may have left changes there that nobody has flushed.
     ///
     /// # Errors
     /// There is no connection; another image has this export.
@@ -120,6 +120,7 @@ impl Link {
         user: User,
         patience: Patience,
         writable: bool,
+        unproven: bool,
     ) -> Result<Arc<Self>, NoConnection> {
         // The first connection says what there is. Should it end before the link is there, that is noticed then.
         let slot: Arc<Mutex<(Weak<Link>, Option<End>)>> = Arc::default();
@@ -134,6 +135,7 @@ impl Link {
         };
         let first = Connection::open(library, uri, user, deadline, on_end)?;
         let export = first.export.clone();
+        let export_keeps = export.keeps();
         let link = Arc::new(Link {
             uri: uri.to_owned(),
             user,
@@ -153,7 +155,7 @@ impl Link {
             }),
             changed: Condvar::new(),
             kept: Kept::default(),
-            left_behind: LeftBehind::default(),
+            left_behind: LeftBehind::new(uri, unproven && export_keeps),
             ranges: Arc::default(),
             given_up: AtomicU64::new(0),
         });
@@ -359,27 +361,31 @@ impl Link {
         }
         let covered = self.kept.acknowledged();
         let result = self.run(vec![Command::Flush], None).map(drop);
-        if matches!(result, Ok(()) | Err(Trouble::Server(_) | Trouble::Refused(_))) {
-            self.kept.settle(&covered);
-            self.left_behind.settled();
+        match &result {
+            Ok(()) => self.left_behind.proven(),
+            Err(trouble @ (Trouble::Server(_) | Trouble::Refused(_))) => {
+                self.left_behind.refused(trouble.error("cannot flush", &self.uri));
+            }
+            Err(_) => return result,
         }
+        self.kept.settle(&covered);
         result
     }
 
     /// A server of ours that used this export before has died: what it left is flushed, by a thread of its own. No start waits for it.
+    /// `ended`: what tells that the NBD server went away meanwhile.
     pub(super) fn take_over(self: &Arc<Self>, ended: Vec<Ended>) {
         if !self.export().keeps() {
             return;
         }
-        self.left_behind.inherit(ended);
+        if !ended.is_empty() {
+            self.left_behind.went_away(ended);
+        }
         let link = self.clone();
         let flush = move || match link.flush() {
             Ok(()) => log::debug!("{}: what the server before had written is durable", link.uri),
             Err(trouble) => {
                 log::error!("{}: what the server before had written cannot be flushed: {trouble}", link.uri);
-                if matches!(trouble, Trouble::Server(_) | Trouble::Refused(_)) {
-                    link.left_behind.owe(trouble.to_string());
-                }
             }
         };
         if let Err(error) = std::thread::Builder::new().name("nbd-flush".into()).stack_size(256 << 10).spawn(flush) {

@@ -130,10 +130,13 @@ impl Attempt {
         if !observes {
             ends::wait_for_all(name, ended_within)?;
         }
+        let unproven = self.takes_over && self.writable;
         let image =
-            NbdImage::open(self.library, name, self.patience, self.writable, observes).map_err(|why| match why {
-                NoConnection::Refused(error) => error,
-                NoConnection::Yet(why) => unreachable(name, &why),
+            NbdImage::open(self.library, name, self.patience, self.writable, observes, unproven).map_err(|why| {
+                match why {
+                    NoConnection::Refused(error) => error,
+                    NoConnection::Yet(why) => unreachable(name, &why),
+                }
             })?;
         if self.writable && image.is_read_only() {
             let error = Error::new(ErrorKind::ReadOnly, "the NBD server exports this read-only: cannot open");
@@ -150,7 +153,7 @@ impl Attempt {
         }
         if !observes {
             let over = ends::take_over(name);
-            if self.takes_over && self.writable {
+            if unproven {
                 image.take_over(over);
             }
         }

@@ -29,7 +29,7 @@ fn patience(reconnect: Duration, answer: Duration) -> Patience {
 /// The server's export as an image; `None` where the library is not installed.
 fn open(server: &Server, patience: Patience) -> Option<NbdImage> {
     match libnbd::library() {
-        Ok(library) => Some(NbdImage::open(library, &server.uri(), patience, true, false).unwrap()),
+        Ok(library) => Some(NbdImage::open(library, &server.uri(), patience, true, false, false).unwrap()),
         Err(why) => {
             eprintln!("SKIPPED: {why}");
             None
@@ -322,8 +322,13 @@ fn heir(server: &Server) -> Option<NbdImage> {
     let image = patient(server)?;
     image.write_at(0, &[1; 4096]).unwrap();
     drop(image);
+    Some(next(server))
+}
+
+/// An image of an export that was used before, when the connections of that one have ended.
+fn next(server: &Server) -> NbdImage {
     super::ends::wait_for_all(&server.uri(), LONG).unwrap();
-    patient(server)
+    NbdImage::open(libnbd::library().unwrap(), &server.uri(), patience(LONG, LONG), true, false, true).unwrap()
 }
 
 #[test]
@@ -355,8 +360,7 @@ fn what_is_lost_before_that_flush_is_told_by_the_guests_next_one_and_once() {
     image.flush().unwrap();
     // A flush that fails where nobody waits for it is told as well.
     drop(image);
-    super::ends::wait_for_all(&server.uri(), LONG).unwrap();
-    let image = patient(&server).unwrap();
+    let image = next(&server);
     server.fail(Some((FLUSHED, 5)));
     let before = server.seen().len();
     image.take_over(Vec::new());
@@ -365,6 +369,48 @@ fn what_is_lost_before_that_flush_is_told_by_the_guests_next_one_and_once() {
     server.fail(None);
     eventually("the failure to be told", || image.flush().is_err());
     image.flush().unwrap();
+}
+
+#[test]
+fn a_connection_that_ends_before_the_first_flush_is_asked_for_is_not_forgotten() {
+    let mut server = Server::new(SIZE, FLUSH);
+    let Some(image) = heir(&server) else { return };
+    server.kill();
+    server.restart();
+    // It is noticed before the request is carried out.
+    read(&image, 0, 512);
+    image.take_over(Vec::new());
+    let error = image.flush().unwrap_err();
+    assert!(error.to_string().contains("may be lost"), "{error}");
+    image.flush().unwrap();
+}
+
+#[test]
+fn an_export_owes_until_a_guest_was_told() {
+    let mut server = Server::new(SIZE, FLUSH);
+    let Some(image) = patient(&server) else { return };
+    let is_owed = |image: &NbdImage| image.owes().is_some();
+    image.write_at(0, &[1; 512]).unwrap();
+    server.fail_once(FLUSHED, 5);
+    assert_eq!(image.flush().unwrap_err().errno(), libc::EIO);
+    // Whoever that was: it is reported once, and owed all the same.
+    image.flush().unwrap();
+    assert!(is_owed(&image) && is_owed(&image));
+    // One that came since was not reported yet.
+    server.fail_once(FLUSHED, 28);
+    // More than is kept without a flush.
+    (0..=KEPT_BYTES_MAX / SIZE as u64).for_each(|_| image.write_at(0, &vec![5; SIZE]).unwrap());
+    image.told();
+    assert!(is_owed(&image));
+    assert_eq!(image.flush().unwrap_err().errno(), libc::ENOSPC);
+    image.told();
+    assert!(!is_owed(&image));
+    // What a lost connection has lost is sent again: nothing is owed.
+    image.write_at(0, &[1; 512]).unwrap();
+    server.kill();
+    server.restart();
+    image.flush().unwrap();
+    assert!(!is_owed(&image));
 }
 
 #[test]

@@ -44,6 +44,7 @@ struct World {
     held: Option<u16>,
     waiting: usize,
     failing: Option<(u16, u32)>,
+    fails_once: bool,
     /// Each takes so long, one after the other on a connection.
     delay: Duration,
     sockets: Vec<UnixStream>,
@@ -150,7 +151,14 @@ impl Server {
 
     /// Requests of `kind` are answered with an error number; `None`: they are not any more.
     pub(super) fn fail(&self, failing: Option<(u16, u32)>) {
-        self.shared.world.lock().failing = failing;
+        let mut world = self.shared.world.lock();
+        (world.failing, world.fails_once) = (failing, false);
+    }
+
+    /// The next request of `kind` is answered with an error number.
+    pub(super) fn fail_once(&self, kind: u16, number: u32) {
+        let mut world = self.shared.world.lock();
+        (world.failing, world.fails_once) = (Some((kind, number)), true);
     }
 
     /// From now on every request takes so long.
@@ -269,6 +277,9 @@ fn carry_out(shared: &Shared, request: Seen, payload: &[u8]) -> (u32, Vec<u8>) {
     }
     world.waiting -= 1;
     if let Some((_, error)) = world.failing.filter(|(kind, _)| *kind == request.kind) {
+        if world.fails_once {
+            world.failing = None;
+        }
         return (error, Vec::new());
     }
     if world.dead {

@@ -13,13 +13,14 @@
 
 use super::ends::{self, Ended};
 use crate::error::{Error, ErrorKind};
-use crate::sync::Mutex;
+use crate::sync::{Mutex, MutexGuard};
 
 /// See the module.
 #[derive(Debug)]
 pub(super) struct LeftBehind {
     uri: String,
     state: Mutex<State>,
+    proving: Mutex<()>,
 }
 
 #[derive(Debug)]
@@ -39,7 +40,14 @@ impl LeftBehind {
     /// `unproven`: a server of ours used the export of `uri` before.
     pub(super) fn new(uri: &str, unproven: bool) -> Self {
         let state = if unproven { State::Unproven } else { State::Nothing };
-        LeftBehind { uri: uri.to_owned(), state: Mutex::new(state) }
+        LeftBehind { uri: uri.to_owned(), state: Mutex::new(state), proving: Mutex::new(()) }
+    }
+
+    /// To be held over a flush, while anything is unproven: a server may tell an error once, and another flush that succeeds beside that
+    /// one would be taken for the proof.
+    pub(super) fn prove(&self) -> Option<MutexGuard<'_, ()>> {
+        let unproven = matches!(*self.state.lock(), State::Unproven);
+        unproven.then(|| self.proving.lock())
     }
 
     /// A flush has succeeded.

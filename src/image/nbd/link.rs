@@ -359,6 +359,7 @@ impl Link {
         if !self.export().keeps() {
             return Ok(());
         }
+        let _one = self.left_behind.prove();
         let covered = self.kept.acknowledged();
         let result = self.run(vec![Command::Flush], None).map(drop);
         match &result {

@@ -385,6 +385,26 @@ fn a_connection_that_ends_before_the_first_flush_is_asked_for_is_not_forgotten()
     image.flush().unwrap();
 }
 
+/// Its error is told once, and to whichever flush comes first.
+#[test]
+fn the_guests_flush_waits_for_the_one_with_which_a_server_begins() {
+    let server = Server::new(SIZE, FLUSH | MULTI_CONN);
+    let Some(image) = heir(&server) else { return };
+    server.hold(FLUSHED);
+    image.take_over(Vec::new());
+    server.wait_for_held(1);
+    std::thread::scope(|scope| {
+        let guest = scope.spawn(|| image.flush());
+        std::thread::sleep(MOMENT);
+        assert_eq!(server.seen().iter().filter(|seen| seen.kind == FLUSHED).count(), 1);
+        server.fail_once(FLUSHED, 5);
+        server.release();
+        let error = guest.join().unwrap().unwrap_err();
+        assert!(error.to_string().contains("may be lost"), "{error}");
+    });
+    image.flush().unwrap();
+}
+
 #[test]
 fn an_export_owes_until_a_guest_was_told() {
     let mut server = Server::new(SIZE, FLUSH);

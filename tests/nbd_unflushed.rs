@@ -140,3 +140,76 @@ fn a_flush_that_was_refused_the_next_server_tells_of_too() {
     mounted.note_processes();
     mounted.unmount();
 }
+
+fn forgetful_tcp(image: &Path) -> Server {
+    Server::nbdkit_tcp(&["--filter=cache", "file", image.to_str().unwrap()])
+}
+
+/// Has a server of ours inherit the connections of an NBD server that stands still.
+fn inherit_frozen(mounted: &Mounted, server: &Server) {
+    server.freeze();
+    mortal::strike(mounted.keeper_pid, Signal::SIGKILL);
+    wait::until("the next server to wait for it", || mounted.log().contains("its server does not answer"));
+}
+
+#[test]
+fn what_a_server_lost_that_was_restarted_while_ours_stood_still() {
+    let place = Place::in_memory();
+    let image = place.sparse("a.img", SIZE);
+    let mut server = forgetful_tcp(&image);
+    let mut mounted = Mount::of(&place, [server.uri()]).start();
+    let disk = open(&mounted);
+    disk.write_all_at(&[1; 4096], 0).unwrap();
+    mortal::strike(mounted.keeper_pid, Signal::SIGSTOP);
+    server.kill();
+    server.restart();
+    mortal::strike(mounted.keeper_pid, Signal::SIGKILL);
+    assert_told_once(&disk);
+    drop(disk);
+    mounted.note_processes();
+    mounted.unmount();
+}
+
+#[test]
+fn what_a_server_lost_that_died_while_ours_waited_for_it() {
+    let place = Place::in_memory();
+    let image = place.sparse("a.img", SIZE);
+    let mut server = forgetful_tcp(&image);
+    let mut mounted = Mount::of(&place, [server.uri()]).start();
+    let disk = open(&mounted);
+    disk.write_all_at(&[1; 4096], 0).unwrap();
+    inherit_frozen(&mounted, &server);
+    server.kill();
+    wait::until("it to be missed", || mounted.log().contains("cannot connect to the NBD server"));
+    // That it was missed the next one knows too.
+    mortal::strike(mounted.keeper_pid, Signal::SIGKILL);
+    server.restart();
+    assert_told_once(&disk);
+    drop(disk);
+    mounted.note_processes();
+    mounted.unmount();
+}
+
+#[test]
+fn what_a_server_lost_that_was_replaced_while_ours_waited_for_it() {
+    let place = Place::in_memory();
+    let image = place.sparse("a.img", SIZE);
+    let cached = |name: &str| Server::nbdkit(&place, name, &["--filter=cache", "file", image.to_str().unwrap()]);
+    let (socket, next) = (place.at("a.sock"), place.at("next.sock"));
+    let mut first = cached("1.sock");
+    std::os::unix::fs::symlink(place.at("1.sock"), &socket).unwrap();
+    let uri = format!("nbd+unix:///disk?socket={}", socket.display());
+    let mut mounted = Mount::of(&place, [&uri]).start();
+    let disk = open(&mounted);
+    disk.write_all_at(&[1; 4096], 0).unwrap();
+    inherit_frozen(&mounted, &first);
+    // There is always one to connect to.
+    let _second = cached("2.sock");
+    std::os::unix::fs::symlink(place.at("2.sock"), &next).unwrap();
+    fs::rename(&next, &socket).unwrap();
+    first.kill();
+    assert_told_once(&disk);
+    drop(disk);
+    mounted.note_processes();
+    mounted.unmount();
+}

@@ -17,6 +17,9 @@ use crate::sync::{Arc, Condvar, Instant, Mutex, OnceLock, wait_until};
 const PROMPT: Duration = Duration::from_secs(1);
 /// How often a server that must come back is tried.
 const AGAIN_AFTER: Duration = Duration::from_millis(500);
+/// How long nobody waits for the end of the last server's connections. It is followed by an attempt to connect as soon as can be: one that
+/// fails is how a server is known to have gone away.
+const END_MISSED: Duration = Duration::from_millis(20);
 
 /// See the module.
 #[derive(Debug)]
@@ -59,15 +62,6 @@ pub(super) fn open(
 ) -> Result<Arc<dyn Image>> {
     let shared = Arc::new(Shared::default());
     let (tried, shown) = (shared.clone(), name.to_owned());
-    let attempt = move || {
-        let image = attempt()?;
-        let now = image.size_bytes();
-        if now != size_bytes {
-            let what = format!("the export has {now} bytes now, and had {size_bytes}:");
-            return Err(Error::new(ErrorKind::Corrupt, what).on(image.name()));
-        }
-        Ok(image)
-    };
     let spawned = std::thread::Builder::new().name("nbd-open".into()).spawn(move || tried.run(&shown, attempt));
     spawned.map_err(|error| Error::io("cannot start a thread", &error).on(name))?;
     let begun = Instant::now();
@@ -90,7 +84,7 @@ impl Shared {
             if state.closed {
                 return;
             }
-            match result {
+            let pause = match result {
                 Ok(image) => {
                     log::info!("{name}: connected");
                     let _ = self.image.set(Arc::new(image));
@@ -103,9 +97,10 @@ impl Shared {
                         log::warn!("{why}");
                         state.why = Some(why);
                     }
+                    if error.kind() == ErrorKind::Locked { END_MISSED } else { AGAIN_AFTER }
                 }
-            }
-            let until = Instant::now() + AGAIN_AFTER;
+            };
+            let until = Instant::now() + pause;
             while !state.closed && wait_until(&self.changed, &mut state, Some(until)) {}
         }
     }

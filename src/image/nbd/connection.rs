@@ -426,7 +426,7 @@ impl Driver {
         };
         let reason = heard.reason.unwrap_or_else(|| "the server closed the connection".to_owned());
         let reason = match read {
-            Ok(()) => reason,
+            Ok(_) => reason,
             Err(error) => format!("{reason}, and its end cannot be read ({error})"),
         };
         on_end(End { reason, unknown, ended });

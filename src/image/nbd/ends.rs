@@ -6,7 +6,9 @@
 //! server killed   ──> the next server inherits the sockets, half-closes each and reads its end before it opens the export
 //! ```
 //!
-//! One that is over already when it is inherited tells that the NBD server went away, with nobody left who could send again what it lost.
+//! That the NBD server went away, with nobody left who could send again what it lost, is told by one that is over already when it is
+//! inherited, by one that is reset then, by a connection to the export that cannot be made, and, at a unix socket, by another process that
+//! answers there. That our half-closing ended it and the next one was made at once tells nothing of the kind.
 //!
 //! A server's end of the connection is its word that it is done (the protocol: it handles all outstanding requests before
 //! it closes). A reset counts as the same: nobody is there any more to do anything. When the *kernel* gives a silent host up nobody knows.
@@ -44,8 +46,10 @@ pub trait Parking: Send + Sync {
 const NAME: &str = "nbd ";
 
 static OPEN: Mutex<Vec<Entry>> = Mutex::new(Vec::new());
-/// Inherited ones that were over already, with the key of their export.
-static OVER: Mutex<Vec<(String, Ended)>> = Mutex::new(Vec::new());
+/// What tells that a server went away while nobody had what was not flushed, with the key of its export.
+static OVER: Mutex<Vec<(String, Option<Ended>)>> = Mutex::new(Vec::new());
+/// Who answered at inherited connections that have ended well, with the key of the export.
+static ANSWERED: Mutex<Vec<(String, i32)>> = Mutex::new(Vec::new());
 static CHANGED: Condvar = Condvar::new();
 static PARKING: Mutex<Option<Arc<dyn Parking>>> = Mutex::new(None);
 static NEXT: AtomicU64 = AtomicU64::new(0);
@@ -54,6 +58,7 @@ struct Entry {
     name: String,
     uri: String,
     place: Place,
+    process: Option<i32>,
     /// The image that it belongs to; `None`: of a server before.
     user: Option<User>,
 }
@@ -105,6 +110,20 @@ fn peer(socket: BorrowedFd<'_>) -> Option<String> {
     let (address, port) = (peer.ip().to_canonical(), peer.port());
     let local = address.is_loopback() || address == ours.ip().to_canonical();
     Some(if local { format!("this host:{port}") } else { format!("{address}:{port}") })
+}
+
+/// The process that listened at the other end's unix socket.
+fn process(socket: BorrowedFd<'_>) -> Option<i32> {
+    getsockopt(&socket, sockopt::PeerCredentials).ok().map(|peer| peer.pid()).filter(|pid| *pid > 0)
+}
+
+/// How a connection has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Farewell {
+    /// The server has closed it.
+    Closed,
+    /// Nobody is there any more who could do anything.
+    Reset,
 }
 
 /// A connection whose end has not been read. Dropped, it stays registered: only [`OpenEnd::forget`] ends that.
@@ -164,20 +183,27 @@ pub fn inherit(name: &str, socket: OwnedFd) -> Result<(), OwnedFd> {
     let Some(uri) = name.strip_prefix(NAME).and_then(|rest| rest.split_once(' ')).map(|(_, uri)| uri) else {
         return Err(socket);
     };
-    let place = Place::of(uri, socket.as_fd());
-    OPEN.lock().push(Entry { name: name.to_owned(), uri: uri.to_owned(), place, user: None });
+    let (place, process) = (Place::of(uri, socket.as_fd()), process(socket.as_fd()));
+    OPEN.lock().push(Entry { name: name.to_owned(), uri: uri.to_owned(), place, process, user: None });
     let was_over = is_over(socket.as_fd());
     let end = OpenEnd { name: name.to_owned(), socket };
-    let shown = uri.to_owned();
+    let (shown, key) = (uri.to_owned(), uri::key(uri));
     if was_over {
         log::warn!("{shown}: the connection of the server before was lost already");
-        OVER.lock().push((uri::key(uri), Ended { name: name.to_owned() }));
+        OVER.lock().push((key.clone(), Some(Ended { name: name.to_owned() })));
     }
     let read = move || match end.read(None) {
-        Ok(()) => {
+        Ok(how) => {
             log::info!("{shown}: the connection of the server before has ended");
+            // Before anybody opens the export.
+            if how == Farewell::Reset && !was_over {
+                log::warn!("{shown}: its server went away");
+                OVER.lock().push((key, Some(Ended { name: end.name.clone() })));
+            } else if let Some(process) = process {
+                ANSWERED.lock().push((key, process));
+            }
             let ended = end.forget();
-            if was_over {
+            if was_over || how == Farewell::Reset {
                 // The other one of that name keeps it parked.
                 std::mem::forget(ended);
             }
@@ -217,13 +243,35 @@ fn is_over(socket: BorrowedFd<'_>) -> bool {
     polled[0].revents().is_none_or(|events| !events.is_empty())
 }
 
-/// Inherited connections to the export of `uri` that were over already. They are told of once.
-pub(super) fn take_over(uri: &str) -> Vec<Ended> {
+/// The export of `uri`, which a server of ours used before, cannot be connected to: whatever its server had in its cache may be lost.
+pub(super) fn note_away(uri: &str) {
     let key = uri::key(uri);
     let mut over = OVER.lock();
-    let (taken, rest) = std::mem::take(&mut *over).into_iter().partition(|(other, _)| *other == key);
-    *over = rest;
-    taken.into_iter().map(|(_, ended): (String, Ended)| ended).collect()
+    if over.iter().all(|(other, _)| *other != key) {
+        over.push((key, leave_word(uri)));
+    }
+}
+
+/// What tells that the server of the export of `uri`, which is connected now, went away since a server of ours used it. Told once; `None`:
+/// it did not, as far as can be told.
+pub(super) fn take_over(uri: &str) -> Option<Vec<Ended>> {
+    let key = uri::key(uri);
+    let of_it = |entry: &&Entry| entry.place.key == key && entry.user.is_some_and(|user| !user.observes);
+    let now: Vec<_> = OPEN.lock().iter().filter(of_it).filter_map(|entry| entry.process).collect();
+    let before = taken(&ANSWERED, &key);
+    if before.iter().any(|process| now.iter().any(|other| other != process)) {
+        log::warn!("{uri}: another process answers there than before");
+        note_away(uri);
+    }
+    let over = taken(&OVER, &key);
+    (!over.is_empty()).then(|| over.into_iter().flatten().collect())
+}
+
+fn taken<T>(list: &Mutex<Vec<(String, T)>>, key: &str) -> Vec<T> {
+    let mut list = list.lock();
+    let (taken, rest) = std::mem::take(&mut *list).into_iter().partition(|(other, _)| other == key);
+    *list = rest;
+    taken.into_iter().map(|(_, one): (String, T)| one).collect()
 }
 
 impl OpenEnd {
@@ -234,7 +282,7 @@ impl OpenEnd {
     /// name. Two images of one export would be a disk and its copy in one place (rule 9).
     pub(super) fn new(uri: &str, socket: OwnedFd, user: User) -> Result<Self> {
         let name = new_name(uri);
-        let place = Place::of(uri, socket.as_fd());
+        let (place, process) = (Place::of(uri, socket.as_fd()), process(socket.as_fd()));
         let mut open = OPEN.lock();
         let is_other = |entry: &&Entry| entry.user.is_none_or(|other| other != user && !other.observes);
         if let Some(other) = open.iter().filter(is_other).find(|entry| !user.observes && entry.place.is_same(&place)) {
@@ -242,7 +290,7 @@ impl OpenEnd {
             let advice = "name another export; or wait, if the other one was just given up";
             return Err(Error::new(ErrorKind::Locked, what).on(uri).advise(advice));
         }
-        open.push(Entry { name: name.clone(), uri: uri.to_owned(), place, user: Some(user) });
+        open.push(Entry { name: name.clone(), uri: uri.to_owned(), place, process, user: Some(user) });
         drop(open);
         ask_now_and_then(&socket);
         if let Some(parking) = &*PARKING.lock() {
@@ -272,9 +320,9 @@ impl OpenEnd {
     ///
     /// # Errors
     /// The kernel gave the connection up: nobody knows what the server may still do.
-    pub(super) fn read(&self, fault: Option<Errno>) -> io::Result<()> {
+    pub(super) fn read(&self, fault: Option<Errno>) -> io::Result<Farewell> {
         match fault.or_else(|| self.fault()) {
-            Some(errno) => return if is_end(errno) { Ok(()) } else { Err(errno.into()) },
+            Some(errno) => return if is_end(errno) { Ok(Farewell::Reset) } else { Err(errno.into()) },
             None if tcp::was_given_up(self.socket.as_fd())? => return Err(Errno::ETIMEDOUT.into()),
             None => (),
         }
@@ -282,13 +330,13 @@ impl OpenEnd {
         let mut buffer = vec![0; 64 << 10];
         loop {
             match recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT) {
-                Ok(0) => return Ok(()),
+                Ok(0) => return Ok(Farewell::Closed),
                 Ok(_) | Err(Errno::EINTR) => (),
                 Err(Errno::EAGAIN) => {
                     let mut polled = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
                     let _ = poll(&mut polled, PollTimeout::NONE);
                 }
-                Err(errno) if is_end(errno) => return Ok(()),
+                Err(errno) if is_end(errno) => return Ok(Farewell::Reset),
                 Err(errno) => return Err(errno.into()),
             }
         }
@@ -366,15 +414,34 @@ mod tests {
         inherit(&name, ours).unwrap();
         drop(theirs);
         wait_for_all(uri, Duration::from_secs(60)).unwrap();
-        assert!(take_over(uri).is_empty(), "its end came after it was inherited");
+        assert!(take_over(uri).is_none(), "its end came after it was inherited");
         let (name, ours, mut theirs) = inherited(2);
         theirs.write_all(&[0; 100]).unwrap();
         drop(theirs);
         inherit(&name, ours).unwrap();
         wait_for_all(uri, Duration::from_secs(60)).unwrap();
-        assert!(take_over("nbd://ends.test/another").is_empty());
-        assert_eq!(take_over(uri).len(), 1);
-        assert!(take_over(uri).is_empty());
+        assert!(take_over("nbd://ends.test/another").is_none());
+        assert_eq!(take_over(uri).unwrap().len(), 1);
+        assert!(take_over(uri).is_none());
+    }
+
+    #[test]
+    fn a_server_that_dies_after_its_connection_was_inherited_is_told_of_once() {
+        let uri = "nbd://ends.test/dies";
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        (&ours).write_all(&[0; 100]).unwrap();
+        inherit(&format!("{NAME}3.0 {uri}"), ours.into()).unwrap();
+        // Without a look at what it was sent: the kernel says so.
+        drop(theirs);
+        wait_for_all(uri, Duration::from_secs(60)).unwrap();
+        assert_eq!(take_over(uri).unwrap().len(), 1);
+        assert!(take_over(uri).is_none());
+        // One that is not there, however often that is seen.
+        note_away(uri);
+        note_away(uri);
+        assert!(take_over("nbd://ends.test/another").is_none());
+        assert_eq!(take_over(uri).unwrap().len(), 1);
+        assert!(take_over(uri).is_none());
     }
 
     /// A connection that the kernel gives up: its other end takes nothing.

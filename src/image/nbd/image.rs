@@ -49,9 +49,9 @@ impl NbdImage {
         Ok(NbdImage { uri, link, patience, writable, size_bytes, extents, buffers, opened, forced })
     }
 
-    /// A server of ours that used this export has died; `ended`: its connections that were over before this one came.
-    pub(super) fn take_over(&self, ended: Vec<Ended>) {
-        self.link.take_over(ended);
+    /// A server of ours that used this export has died; `away`: what tells that the NBD server went away since.
+    pub(super) fn take_over(&self, away: Option<Vec<Ended>>) {
+        self.link.take_over(away);
     }
 
     /// True if the server refuses writes.

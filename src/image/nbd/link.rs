@@ -374,12 +374,12 @@ impl Link {
     }
 
     /// A server of ours that used this export before has died: what it left is flushed, by a thread of its own. No start waits for it.
-    /// `ended`: what tells that the NBD server went away meanwhile.
-    pub(super) fn take_over(self: &Arc<Self>, ended: Vec<Ended>) {
+    /// `away`: what tells that the NBD server went away meanwhile.
+    pub(super) fn take_over(self: &Arc<Self>, away: Option<Vec<Ended>>) {
         if !self.export().keeps() {
             return;
         }
-        if !ended.is_empty() {
+        if let Some(ended) = away {
             self.left_behind.went_away(ended);
         }
         let link = self.clone();

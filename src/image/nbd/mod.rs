@@ -15,15 +15,15 @@
 //! |---|---|
 //! | this server | the NBD server: it has the write, in its cache at least |
 //! | the NBD server, with its cache (`kept.rs`, `replay.rs`) | this server: everything since the last flush is kept and sent again, in order where it overlaps, before anything else is |
-//! | both | nothing, unless a flush came between: the guest's, or the one with which each new server begins (`left_behind.rs`). If it was lost the guest's next flush fails, once |
+//! | both | nothing, unless a flush came between: the guest's, or the one with which each new server begins (`left_behind.rs`). If it was lost a guest's next flush fails, once: whoever else's does before, and whatever the disk was cut over to meanwhile |
 //!
 //! What was flushed, everybody has. FUA is used where a server offers it and no flush: then every write carries it, and nothing
 //! has to be kept. For all others FUA on every write would cost a flush each, to survive what no disk survives. What is kept is
 //! bounded; who would exceed the bound flushes first. A server that offers neither is not written to: it could lose what it was ever
 //! sent, and nobody would know what to send again. Nor is one that comes back and can no longer do what was relied on.
 //!
-//! A target is no different, so that a cutover changes nothing: after a lost connection everything since its last flush is not
-//! only dirty, it is sent again.
+//! A target is no different, so that a cutover changes nothing: after a lost connection everything since its last flush is sent again, so
+//! that nothing of it becomes dirty. It does when a request fails: when a server stays away too long, or says itself that a flush has failed.
 //!
 //! # Nothing lands late (rule 14)
 //! A connection that was lost is half-closed, and its end is read, before another one writes; over the death of this server too, since
@@ -99,7 +99,7 @@ pub(super) fn open(place: &Path, options: &OpenOptions) -> Result<Arc<dyn Image>
         writable: options.writable,
         role: options.role,
         told_format: options.format.is_some(),
-        takes_over: options.insist.is_some(),
+        takes_over: options.insist,
     };
     match options.insist {
         None => Ok(Arc::new(attempt.make(ends::PATIENCE)?)),
@@ -118,26 +118,50 @@ struct Attempt {
     writable: bool,
     role: Role,
     told_format: bool,
-    /// Another server of ours has used it, and died.
-    takes_over: bool,
+    /// Another server of ours has used it, and died; it had so many bytes.
+    takes_over: Option<u64>,
 }
 
 impl Attempt {
     /// Opens it, if all earlier connections to it end within `ended_within`.
     fn make(&self, ended_within: Duration) -> Result<NbdImage> {
-        let name = self.name.as_str();
-        let observes = self.role == Role::Observer;
-        if !observes {
-            ends::wait_for_all(name, ended_within)?;
+        if self.role == Role::Observer {
+            return self.connected(true);
         }
-        let unproven = self.takes_over && self.writable;
-        let image =
-            NbdImage::open(self.library, name, self.patience, self.writable, observes, unproven).map_err(|why| {
-                match why {
-                    NoConnection::Refused(error) => error,
-                    NoConnection::Yet(why) => unreachable(name, &why),
+        ends::wait_for_all(&self.name, ended_within)?;
+        let made = self.connected(false);
+        match &made {
+            Ok(image) => {
+                // Whoever does not take it over leaves nobody who could be told.
+                let away = ends::take_over(&self.name);
+                if self.inherits() {
+                    image.take_over(away);
                 }
-            })?;
+            }
+            // Another disk of ours that is there already says nothing of the server.
+            Err(error) if self.inherits() && error.kind() != ErrorKind::Locked => ends::note_away(&self.name),
+            Err(_) => (),
+        }
+        made
+    }
+
+    /// True if changes may have been left there that were not flushed.
+    fn inherits(&self) -> bool {
+        self.takes_over.is_some() && self.writable
+    }
+
+    fn connected(&self, observes: bool) -> Result<NbdImage> {
+        let name = self.name.as_str();
+        let image = NbdImage::open(self.library, name, self.patience, self.writable, observes, self.inherits());
+        let image = image.map_err(|why| match why {
+            NoConnection::Refused(error) => error,
+            NoConnection::Yet(why) => unreachable(name, &why),
+        })?;
+        let now = image.size_bytes();
+        if let Some(size_bytes) = self.takes_over.filter(|size_bytes| *size_bytes != now) {
+            let what = format!("the export has {now} bytes now, and had {size_bytes}:");
+            return Err(Error::new(ErrorKind::Corrupt, what).on(name));
+        }
         if self.writable && image.is_read_only() {
             let error = Error::new(ErrorKind::ReadOnly, "the NBD server exports this read-only: cannot open");
             return Err(error.on(name).advise("pass --read-only, or have the server let it be written"));
@@ -150,12 +174,6 @@ impl Attempt {
         }
         if !self.told_format {
             refuse_qcow2(&image, name)?;
-        }
-        if !observes {
-            let over = ends::take_over(name);
-            if unproven {
-                image.take_over(over);
-            }
         }
         Ok(image)
     }

@@ -335,7 +335,7 @@ fn next(server: &Server) -> NbdImage {
 fn what_a_server_of_ours_left_unflushed_is_flushed_by_the_next_one() {
     let mut server = Server::new(SIZE, FLUSH);
     let Some(image) = heir(&server) else { return };
-    image.take_over(Vec::new());
+    image.take_over(None);
     eventually("the flush", || server.seen().iter().any(|seen| seen.kind == FLUSHED));
     // It was answered before anything else is, on this connection.
     assert_eq!(read(&image, 0, 512), [1; 512]);
@@ -350,7 +350,7 @@ fn what_is_lost_before_that_flush_is_told_by_the_guests_next_one_and_once() {
     let mut server = Server::new(SIZE, FLUSH);
     let Some(image) = heir(&server) else { return };
     server.hold(FLUSHED);
-    image.take_over(Vec::new());
+    image.take_over(None);
     server.wait_for_held(1);
     server.kill();
     server.restart();
@@ -363,11 +363,32 @@ fn what_is_lost_before_that_flush_is_told_by_the_guests_next_one_and_once() {
     let image = next(&server);
     server.fail(Some((FLUSHED, 5)));
     let before = server.seen().len();
-    image.take_over(Vec::new());
+    image.take_over(None);
     eventually("the flush", || server.seen().len() > before);
     assert_eq!(read(&image, 0, 512), [0; 512]);
     server.fail(None);
     eventually("the failure to be told", || image.flush().is_err());
+    image.flush().unwrap();
+}
+
+#[test]
+fn another_export_that_was_there_for_a_while_takes_nothing_of_what_is_to_be_told() {
+    let Ok(_) = libnbd::library() else { return };
+    let mut server = Server::new(SIZE, FLUSH);
+    let uri = server.uri();
+    // It was over when it was inherited.
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    drop(theirs);
+    super::inherit(&format!("nbd 0.0 {uri}"), ours.into()).unwrap();
+    server.resize(SIZE / 2);
+    let options = OpenOptions { writable: true, insist: Some(SIZE as u64), reconnect: LONG, ..OpenOptions::default() };
+    let image = super::open(Path::new(&uri), &options).unwrap();
+    server.kill();
+    server.resize(SIZE);
+    server.restart();
+    eventually("the right one", || image.read_at(0, &mut [0; 512]).is_ok());
+    let error = image.flush().unwrap_err();
+    assert!(error.to_string().contains("may be lost"), "{error}");
     image.flush().unwrap();
 }
 
@@ -379,7 +400,7 @@ fn a_connection_that_ends_before_the_first_flush_is_asked_for_is_not_forgotten()
     server.restart();
     // It is noticed before the request is carried out.
     read(&image, 0, 512);
-    image.take_over(Vec::new());
+    image.take_over(None);
     let error = image.flush().unwrap_err();
     assert!(error.to_string().contains("may be lost"), "{error}");
     image.flush().unwrap();
@@ -391,7 +412,7 @@ fn the_guests_flush_waits_for_the_one_with_which_a_server_begins() {
     let server = Server::new(SIZE, FLUSH | MULTI_CONN);
     let Some(image) = heir(&server) else { return };
     server.hold(FLUSHED);
-    image.take_over(Vec::new());
+    image.take_over(None);
     server.wait_for_held(1);
     std::thread::scope(|scope| {
         let guest = scope.spawn(|| image.flush());

@@ -13,13 +13,22 @@ use crate::image::{Attributes, Extent, ExtentStatus, Format, Identity, Image, Pr
 use crate::range::ByteRange;
 use crate::sync::{Arc, Condvar, Instant, Mutex, OnceLock, wait_until};
 
-/// So long the start of a server waits for one that answers.
+/// So long the start of a server waits for the servers of all its exports, which it opens one after the other.
 const PROMPT: Duration = Duration::from_secs(1);
+/// So long it waits for each at least.
+const PROMPT_LEAST: Duration = Duration::from_millis(100);
+/// When it began to wait for the first.
+static FIRST_BEGUN: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();
 /// How often a server that must come back is tried.
 const AGAIN_AFTER: Duration = Duration::from_millis(500);
 /// How long nobody waits for the end of the last server's connections. It is followed by an attempt to connect as soon as can be: one that
 /// fails is how a server is known to have gone away.
 const END_MISSED: Duration = Duration::from_millis(20);
+
+/// Until when an export is waited for that is being opened since `begun`.
+fn prompt_until(first_begun: Instant, begun: Instant) -> Instant {
+    (first_begun + PROMPT).max(begun + PROMPT_LEAST)
+}
 
 /// See the module.
 #[derive(Debug)]
@@ -65,8 +74,9 @@ pub(super) fn open(
     let spawned = std::thread::Builder::new().name("nbd-open".into()).spawn(move || tried.run(&shown, attempt));
     spawned.map_err(|error| Error::io("cannot start a thread", &error).on(name))?;
     let begun = Instant::now();
+    let until = prompt_until(*FIRST_BEGUN.get_or_init(|| begun), begun);
     let mut state = shared.state.lock();
-    while shared.image.get().is_none() && wait_until(&shared.changed, &mut state, Some(begun + PROMPT)) {}
+    while shared.image.get().is_none() && wait_until(&shared.changed, &mut state, Some(until)) {}
     drop(state);
     if let Some(image) = shared.image.get() {
         return Ok(image.clone());
@@ -236,5 +246,18 @@ impl Drop for AwaitedImage {
     fn drop(&mut self) {
         self.shared.state.lock().closed = true;
         self.shared.changed.notify_all();
+    }
+}
+
+#[cfg(all(test, not(shuttle)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_that_are_silent_hold_a_start_hardly_longer_than_one() {
+        let first = Instant::now();
+        let last = (0..20).fold(first, |begun, _| prompt_until(first, begun));
+        assert!(last <= first + PROMPT + 20 * PROMPT_LEAST);
+        assert_eq!(prompt_until(first, first), first + PROMPT, "one alone is waited for as long as ever");
     }
 }

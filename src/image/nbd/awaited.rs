@@ -19,10 +19,10 @@ const PROMPT: Duration = Duration::from_secs(1);
 const PROMPT_LEAST: Duration = Duration::from_millis(100);
 /// When it began to wait for the first.
 static FIRST_BEGUN: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();
-/// How often a server that must come back is tried.
-const AGAIN_AFTER: Duration = Duration::from_millis(500);
-/// How long nobody waits for the end of the last server's connections. It is followed by an attempt to connect as soon as can be: one that
-/// fails is how a server is known to have gone away.
+/// How often a server that must come back is tried, at most. So long an attempt waits for the end of the last server's connections.
+pub(super) const AGAIN_AFTER: Duration = Duration::from_millis(500);
+/// How long nobody waits for that end then. It is to be followed by a connection as soon as can be: that there is none is how a server is
+/// known to have gone away.
 const END_MISSED: Duration = Duration::from_millis(20);
 
 /// Until when an export is waited for that is being opened since `begun`.
@@ -89,12 +89,13 @@ pub(super) fn open(
 impl Shared {
     fn run(&self, name: &str, attempt: impl Fn() -> Result<NbdImage>) {
         loop {
+            let begun = Instant::now();
             let result = attempt();
             let mut state = self.state.lock();
             if state.closed {
                 return;
             }
-            let pause = match result {
+            match result {
                 Ok(image) => {
                     log::info!("{name}: connected");
                     let _ = self.image.set(Arc::new(image));
@@ -107,10 +108,9 @@ impl Shared {
                         log::warn!("{why}");
                         state.why = Some(why);
                     }
-                    if error.kind() == ErrorKind::Locked { END_MISSED } else { AGAIN_AFTER }
                 }
-            };
-            let until = Instant::now() + pause;
+            }
+            let until = (begun + AGAIN_AFTER).max(Instant::now() + END_MISSED);
             while !state.closed && wait_until(&self.changed, &mut state, Some(until)) {}
         }
     }

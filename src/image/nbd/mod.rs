@@ -104,8 +104,8 @@ pub(super) fn open(place: &Path, options: &OpenOptions) -> Result<Arc<dyn Image>
     match options.insist {
         None => Ok(Arc::new(attempt.make(ends::PATIENCE)?)),
         Some(size_bytes) => {
-            let moment = Duration::from_millis(500);
-            awaited::open(name, size_bytes, options.writable, options.reconnect, move || attempt.make(moment))
+            let attempt = move || attempt.make(awaited::AGAIN_AFTER);
+            awaited::open(name, size_bytes, options.writable, options.reconnect, attempt)
         }
     }
 }

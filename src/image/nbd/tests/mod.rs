@@ -417,10 +417,12 @@ fn the_guests_flush_waits_for_the_one_with_which_a_server_begins() {
     std::thread::scope(|scope| {
         let guest = scope.spawn(|| image.flush());
         std::thread::sleep(MOMENT);
-        assert_eq!(server.seen().iter().filter(|seen| seen.kind == FLUSHED).count(), 1);
+        let sent = server.seen().iter().filter(|seen| seen.kind == FLUSHED).count();
         server.fail_once(FLUSHED, 5);
         server.release();
-        let error = guest.join().unwrap().unwrap_err();
+        let flushed = guest.join().unwrap();
+        assert_eq!(sent, 1);
+        let error = flushed.unwrap_err();
         assert!(error.to_string().contains("may be lost"), "{error}");
     });
     image.flush().unwrap();

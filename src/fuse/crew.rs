@@ -173,8 +173,7 @@ mod tests {
                 crew.judge(&look);
             }
         }
-        let more = crew.wanted.lock().more;
-        more
+        crew.wanted.into_inner().more
     }
 
     #[test]

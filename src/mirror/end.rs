@@ -74,10 +74,8 @@ pub(super) fn conclude(job: &Arc<Job>, live: Live, verdict: Verdict) {
         let text = "have not returned; the image stays locked until they have";
         log::error!("job {}: {hung} requests on {} {text}", job.id(), target.name());
     }
-    if matches!(verdict, Verdict::Cancelled { keep: false }) && job.created_target {
-        if remove(&*target) {
-            job.sharing.target_is_gone();
-        }
+    if matches!(verdict, Verdict::Cancelled { keep: false }) && job.created_target && remove(&*target) {
+        job.sharing.target_is_gone();
     }
     if hung == 0 && !matches!(verdict, Verdict::Switched { .. }) {
         // Before anybody is told that it ended: who looks at the target then finds it as it stays.

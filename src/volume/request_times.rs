@@ -137,7 +137,7 @@ fn bucket(took: Duration) -> usize {
 /// The shortest time that no request of a bucket reaches.
 fn upper_bound(bucket: usize) -> Duration {
     let (octave, fine) = (bucket / FINE, bucket % FINE);
-    Duration::from_nanos(((FINE + fine + 1) as u64 * 1000 << octave) / FINE as u64)
+    Duration::from_nanos((((FINE + fine + 1) as u64 * 1000) << octave) / FINE as u64)
 }
 
 #[cfg(all(test, not(shuttle)))]

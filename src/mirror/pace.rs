@@ -79,8 +79,10 @@ impl Pacer {
         state.paid_at = match (before, state.speed()) {
             // Without a limit nothing was charged, and nothing is owed.
             (0, _) | (_, 0) => now,
-            // No more than a second's worth: limits may be thousands of times apart.
-            (before, after) => now + debt.mul_f64(before as f64 / after as f64).min(DEBT_MAX),
+            // The user's limit still counts: what is owed to that stays.
+            (before, after) if before == after => return,
+            // It does not grow beyond a second's worth: limits may be thousands of times apart.
+            (before, after) => now + debt.mul_f64(before as f64 / after as f64).min(debt.max(DEBT_MAX)),
         };
         self.changed.notify_all();
     }
@@ -220,6 +222,16 @@ mod tests {
         assert!(pacer.acquire(1, || begun.elapsed() > Duration::from_secs(60)));
         pacer.set_speed(1 << 20);
         assert_eq!(pacer.piece(1 << 30), (1 << 20) / 10);
+    }
+
+    #[test]
+    fn what_is_owed_to_the_users_limit_stays_while_the_jobs_own_changes() {
+        let pacer = Pacer::new(1 << 20);
+        assert!(pacer.acquire(64 << 20, || false), "a minute's worth");
+        for own in [8 << 20, 2 << 20, 0, 8 << 20] {
+            pacer.set_own_speed(own);
+        }
+        assert!(pacer.state.lock().paid_at > Instant::now() + Duration::from_secs(30));
     }
 
     #[test]

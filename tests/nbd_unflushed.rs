@@ -89,16 +89,9 @@ fn assert_told_once(disk: &File) {
     disk.sync_all().unwrap();
 }
 
-#[test]
-fn a_flush_of_nobodys_does_not_take_what_the_guest_is_to_be_told() {
-    let place = Place::in_memory();
-    let image = place.sparse("a.img", SIZE);
-    let (_server, mut mounted, disk) = after_a_loss(&place, &image);
-    // The server flushes, says who uses the disk, and goes on; one that is still coming up would just end.
-    disk.read_exact_at(&mut [0; 4096], 4096).unwrap();
-    mortal::strike(mounted.keeper_pid, Signal::SIGTERM);
-    wait::until("it to have flushed", || mounted.log().contains("the disks stay usable"));
-    mortal::strike(mounted.keeper_pid, Signal::SIGKILL);
+/// The guest is told, and all ends as it should.
+#[track_caller]
+fn ends_once_told(mut mounted: Mounted, disk: File) {
     assert_told_once(&disk);
     drop(disk);
     mounted.note_processes();
@@ -106,18 +99,28 @@ fn a_flush_of_nobodys_does_not_take_what_the_guest_is_to_be_told() {
 }
 
 #[test]
+fn a_flush_of_nobodys_does_not_take_what_the_guest_is_to_be_told() {
+    let place = Place::in_memory();
+    let image = place.sparse("a.img", SIZE);
+    let (_server, mounted, disk) = after_a_loss(&place, &image);
+    // The server flushes, says who uses the disk, and goes on; one that is still coming up would just end.
+    disk.read_exact_at(&mut [0; 4096], 4096).unwrap();
+    mortal::strike(mounted.keeper_pid, Signal::SIGTERM);
+    wait::until("it to have flushed", || mounted.log().contains("the disks stay usable"));
+    mortal::strike(mounted.keeper_pid, Signal::SIGKILL);
+    ends_once_told(mounted, disk);
+}
+
+#[test]
 fn a_cutover_in_between_does_not_keep_it_from_the_guest() {
     let place = Place::in_memory();
     let image = place.sparse("a.img", SIZE);
-    let (_server, mut mounted, disk) = after_a_loss(&place, &image);
+    let (_server, mounted, disk) = after_a_loss(&place, &image);
     let copy = place.at("b.img");
     mounted.mirror(&copy, &[]);
     mounted.wait_ready();
     mounted.cutover();
-    assert_told_once(&disk);
-    drop(disk);
-    mounted.note_processes();
-    mounted.unmount();
+    ends_once_told(mounted, disk);
 }
 
 #[test]
@@ -127,7 +130,7 @@ fn a_flush_that_was_refused_the_next_server_tells_of_too() {
     let refuses = place.at("refuses");
     let flush = format!("flush=test ! -e {} || {{ echo EIO gone >&2; exit 1; }}", refuses.display());
     let server = Server::script(&place, "a.sock", &image, &["can_flush=exit 0", &flush]);
-    let mut mounted = Mount::of(&place, [server.uri()]).start();
+    let mounted = Mount::of(&place, [server.uri()]).start();
     let disk = open(&mounted);
     disk.write_all_at(&[1; 4096], 0).unwrap();
     fs::write(&refuses, "").unwrap();
@@ -135,10 +138,7 @@ fn a_flush_that_was_refused_the_next_server_tells_of_too() {
     wait::until("the next server's flush", || mounted.log().contains("cannot be flushed"));
     fs::remove_file(&refuses).unwrap();
     mortal::strike(mounted.keeper_pid, Signal::SIGKILL);
-    assert_told_once(&disk);
-    drop(disk);
-    mounted.note_processes();
-    mounted.unmount();
+    ends_once_told(mounted, disk);
 }
 
 fn forgetful_tcp(image: &Path) -> Server {
@@ -157,17 +157,14 @@ fn what_a_server_lost_that_was_restarted_while_ours_stood_still() {
     let place = Place::in_memory();
     let image = place.sparse("a.img", SIZE);
     let mut server = forgetful_tcp(&image);
-    let mut mounted = Mount::of(&place, [server.uri()]).start();
+    let mounted = Mount::of(&place, [server.uri()]).start();
     let disk = open(&mounted);
     disk.write_all_at(&[1; 4096], 0).unwrap();
     mortal::strike(mounted.keeper_pid, Signal::SIGSTOP);
     server.kill();
     server.restart();
     mortal::strike(mounted.keeper_pid, Signal::SIGKILL);
-    assert_told_once(&disk);
-    drop(disk);
-    mounted.note_processes();
-    mounted.unmount();
+    ends_once_told(mounted, disk);
 }
 
 #[test]
@@ -175,7 +172,7 @@ fn what_a_server_lost_that_died_while_ours_waited_for_it() {
     let place = Place::in_memory();
     let image = place.sparse("a.img", SIZE);
     let mut server = forgetful_tcp(&image);
-    let mut mounted = Mount::of(&place, [server.uri()]).start();
+    let mounted = Mount::of(&place, [server.uri()]).start();
     let disk = open(&mounted);
     disk.write_all_at(&[1; 4096], 0).unwrap();
     inherit_frozen(&mounted, &server);
@@ -184,10 +181,7 @@ fn what_a_server_lost_that_died_while_ours_waited_for_it() {
     // That it was missed the next one knows too.
     mortal::strike(mounted.keeper_pid, Signal::SIGKILL);
     server.restart();
-    assert_told_once(&disk);
-    drop(disk);
-    mounted.note_processes();
-    mounted.unmount();
+    ends_once_told(mounted, disk);
 }
 
 #[test]
@@ -199,7 +193,7 @@ fn what_a_server_lost_that_was_replaced_while_ours_waited_for_it() {
     let mut first = cached("1.sock");
     std::os::unix::fs::symlink(place.at("1.sock"), &socket).unwrap();
     let uri = format!("nbd+unix:///disk?socket={}", socket.display());
-    let mut mounted = Mount::of(&place, [&uri]).start();
+    let mounted = Mount::of(&place, [&uri]).start();
     let disk = open(&mounted);
     disk.write_all_at(&[1; 4096], 0).unwrap();
     inherit_frozen(&mounted, &first);
@@ -208,8 +202,5 @@ fn what_a_server_lost_that_was_replaced_while_ours_waited_for_it() {
     std::os::unix::fs::symlink(place.at("2.sock"), &next).unwrap();
     fs::rename(&next, &socket).unwrap();
     first.kill();
-    assert_told_once(&disk);
-    drop(disk);
-    mounted.note_processes();
-    mounted.unmount();
+    ends_once_told(mounted, disk);
 }

@@ -60,27 +60,8 @@ need() {
 need nbdkit nbdcopy awk dd fusermount3 mountpoint truncate
 [[ -x $LIVEMIRROR ]] || die "missing: $LIVEMIRROR (cargo build --release)"
 
-# Lines "A B" on standard input -> "median-A median-B median-of-A/B".
-medians() {
-    awk '
-        function median(list, count,   i, j, swap) {
-            for (i = 2; i <= count; i++)
-                for (j = i; j > 1 && list[j - 1] > list[j]; j--) { swap = list[j]; list[j] = list[j - 1]; list[j - 1] = swap }
-            return count % 2 ? list[(count + 1) / 2] : (list[count / 2] + list[count / 2 + 1]) / 2
-        }
-        NF == 2 && $1 > 0 && $2 > 0 { n++; a[n] = $1; b[n] = $2; r[n] = $1 / $2 }
-        END { if (n == 0) exit 1; printf "%.3f %.3f %.2f\n", median(a, n), median(b, n), median(r, n) }'
-}
-
-now() { local t=$EPOCHREALTIME; printf '%s\n' "${t/,/.}"; }
-# seconds_of COMMAND...
-seconds_of() {
-    local start end
-    start=$(now)
-    timeout 300 "$@" > /dev/null 2>&1
-    end=$(now)
-    awk -v a="$start" -v b="$end" 'BEGIN { printf "%.4f\n", b - a }'
-}
+# shellcheck source=benches/pairs.sh
+. "$root/benches/pairs.sh"
 
 start_server() {
     stop_server
@@ -122,7 +103,7 @@ to_server() {
         mirrored=$(mirror_seconds "$uri")
         stop_server
         printf '%s %s\n' "$copied" "$mirrored"
-    done | medians)
+    done | medians turn)
     unmount_disk
     # shellcheck disable=SC2086
     row "$1" $figures
@@ -157,7 +138,7 @@ bench_source() {
         mirrored=$(mirror_seconds "$DIR/target.img")
         rm -f "$DIR/target.img"
         printf '%s %s\n' "$copied" "$mirrored"
-    done | medians)
+    done | medians turn)
     unmount_disk
     stop_server
     # shellcheck disable=SC2086
